@@ -22,7 +22,7 @@ class PFTSleepError(Exception):
         self.problem, self.path, self.channel, self.remedy = problem, path, channel, remedy
 
     def __str__(self):
-        where = ", ".join(filter(None, [self.path and str(self.path), self.channel and f"channel '{self.channel}'"]))
+        where = ", ".join(([str(self.path)] if self.path else []) + ([f"channel '{self.channel}'"] if self.channel else []))
         return f"{where + ': ' if where else ''}{self.problem}{' -> ' + self.remedy if self.remedy else ''}"
 
 # %% ../nbs/00_errors.ipynb #bb66513d
