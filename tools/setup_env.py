@@ -41,7 +41,7 @@ def install() -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11): sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: call make with PYTHON=/path/to/python3.11")
+    if sys.version_info < (3, 11): sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: call make with PYTHON=/path/to/python3.11") # noqa: UP036 (this is what says so)
     VENV.parent.mkdir(parents=True, exist_ok=True)
     stamp, wanted = VENV / ".stamp", fingerprint()
     current = lambda: (BIN / "python").exists() and stamp.exists() and stamp.read_text() == wanted

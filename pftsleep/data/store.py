@@ -258,4 +258,5 @@ def _alive(pid: int) -> bool:
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: return True # somebody else's process, but it runs
-    return True
+    stat = Path(f"/proc/{pid}/stat") # where there is one: a killed process that nobody has waited for is a zombie, and dead
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"

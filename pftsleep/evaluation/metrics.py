@@ -15,42 +15,50 @@ from ..data.recording import SCORED_STAGES
 from ..errors import ConfigError
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #11792066
+def _is_flat(stages: Sequence) -> bool:
+    "Whether `stages` is one array of epochs rather than a list of nights."
+    return len(stages) == 0 or np.ndim(next(iter(stages))) == 0
+
 def _nights(
     stages: Sequence, # [E] epochs, or a list of [E_i]
     name: str, # how the caller calls it, for the message
 ) -> list[np.ndarray]: # nights, int
     "`stages` as a list of nights; a flat array is one night."
-    flat = len(stages) == 0 or np.ndim(next(iter(stages))) == 0
-    nights = [np.asarray(night) for night in ([stages] if flat else stages)]
+    nights = [np.asarray(night) for night in ([stages] if _is_flat(stages) else stages)]
     for night in nights:
         if night.ndim != 1: raise ConfigError(f"{name} has a night of shape {night.shape}", remedy="pass one stage per epoch; take the argmax of probabilities")
-        if unknown := sorted(set(np.unique(night).tolist()) - {-1, *SCORED_STAGES}):
-            raise ConfigError(f"{name} has the stage codes {unknown[:9]}", remedy="map them to `Stage` first: W=0, N1=1, N2=2, N3=3, REM=4, UNSCORED=-1")
+        if unknown := sorted(set(night.tolist()) - {-1, *SCORED_STAGES}, key=str):
+            raise ConfigError(f"{name} has the stage codes {unknown[:9]}", remedy="give stages as `Stage` numbers them (W=0, N1=1, N2=2, N3=3, REM=4, UNSCORED=-1), not words or probabilities")
     return [night.astype("int64") for night in nights]
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1e10f236
-def _pair(y_true: Sequence, y_pred: Sequence) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    "Both scorings as nights of equal lengths, or an error that names the night."
+def _pair(y_true: Sequence, y_pred: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # [E] truth, [E] answers, [E] number of the night
+    "All epochs of both scorings, or an error that names the night whose lengths differ."
     true, pred = _nights(y_true, "y_true"), _nights(y_pred, "y_pred")
     if len(true) != len(pred): raise ConfigError(f"y_true has {len(true)} nights, y_pred has {len(pred)}", remedy="pass the same nights in the same order")
     for i, (t, p) in enumerate(zip(true, pred, strict=True)):
         if len(t) != len(p): raise ConfigError(f"night {i} has {len(t)} true and {len(p)} predicted epochs", remedy="align the two hypnograms by time first")
-    return true, pred
+    return np.concatenate(true), np.concatenate(pred), np.repeat(np.arange(len(true)), [len(t) for t in true])
 
 def _count(true: np.ndarray, pred: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray: # [G, 5, 6] int64
     "One confusion matrix for each group of epochs; the sixth column holds abstentions."
-    scored = true >= 0
     cell = (group * 5 + true) * 6 + np.where(pred < 0, 5, pred)
-    return np.bincount(cell[scored], minlength=n_groups * 30).reshape(n_groups, 5, 6)
+    return np.bincount(cell[true >= 0], minlength=n_groups * 30).reshape(n_groups, 5, 6)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #98d33dda
 def confusion_matrix(
     y_true: Sequence, # [E] stages of the reference, or a list of nights
     y_pred: Sequence, # [E] stages to judge, or a list of nights
-) -> np.ndarray: # [5, 6] int64: rows = truth, columns = answers W, N1, N2, N3, REM and "abstained"
-    "Counts over all nights; epochs that `y_true` leaves unscored are left out. Raises `ConfigError` for unequal lengths and unknown codes."
-    true, pred = (np.concatenate([*nights, np.zeros(0, "int64")]) for nights in _pair(y_true, y_pred))
-    return _count(true, pred, np.zeros_like(true), 1)[0]
+    abstained: bool = False, # add a sixth column, for epochs that the reference scored and `y_pred` did not
+) -> np.ndarray: # [5, 5] or [5, 6] int64: rows = truth, columns = answers, in the order W, N1, N2, N3, REM
+    """Counts over all nights; epochs that `y_true` leaves unscored are left out.
+
+    Raises `ConfigError` for unequal lengths and unknown codes, and for abstentions where there is no column for them."""
+    true, pred, _ = _pair(y_true, y_pred)
+    matrix = _count(true, pred, np.zeros_like(true), 1)[0]
+    if not abstained and (n := matrix[:, 5].sum()):
+        raise ConfigError(f"y_pred leaves {n} epochs unscored that y_true scored", remedy="pass abstained=True to count them in a sixth column")
+    return matrix if abstained else matrix[:, :5]
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #141942fb
 def confusion_metrics(
@@ -87,23 +95,24 @@ def _quantiles(values: np.ndarray, q: Sequence[float]) -> list[float]:
     return np.quantile(values, q).tolist() if len(values) else [np.nan] * len(q)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #d32a6740
+def _subject_numbers(subjects: Sequence[Hashable], expected: int, of: str) -> np.ndarray: # [expected] 0, 1, ...
+    "Subjects numbered, or an error if there are too few labels or one is missing."
+    if len(subjects) != expected: raise ConfigError(f"{len(subjects)} subjects for {expected} {of}", remedy=f"pass one label for each of the {of}")
+    numbers, _ = pd.factorize(np.fromiter(subjects, object, expected))
+    if (numbers < 0).any(): raise ConfigError("a subject label is missing", remedy="name the subject of every night, or leave `subjects` out")
+    return numbers
+
 def _night_matrices(
-    y_true: Sequence, # see `staging_metrics`
+    y_true: Sequence, # as in `staging_metrics`
     y_pred: Sequence,
     subjects: Sequence[Hashable] | None,
-) -> tuple[np.ndarray, np.ndarray | None]: # [N, 5, 6] nights with a scored epoch, [N] number of the subject
-    "A confusion matrix for each night that has a scored epoch, and whose it is."
-    true, pred = _pair(y_true, y_pred)
-    flat = len(y_true) == 0 or np.ndim(next(iter(y_true))) == 0
-    groups, n_groups = np.repeat(np.arange(len(true)), [len(t) for t in true]), len(true)
-    owner = None
-    if subjects is not None:
-        expected, of = (len(y_true), "epochs") if flat else (len(true), "nights")
-        if len(subjects) != expected: raise ConfigError(f"{len(subjects)} subjects for {expected} {of}", remedy=f"pass one label for each of the {of}")
-        owner, labels = pd.factorize(np.fromiter(subjects, object, len(subjects)))
-        if (owner < 0).any(): raise ConfigError("a subject label is missing", remedy="name the subject of every night, or leave `subjects` out")
-        if flat: groups, n_groups, owner = owner, len(labels), np.arange(len(labels))
-    matrices = _count(np.concatenate([*true, np.zeros(0, "int64")]), np.concatenate([*pred, np.zeros(0, "int64")]), groups, n_groups)
+) -> tuple[np.ndarray, np.ndarray | None]: # [N, 5, 6], [N] number of the subject
+    "A confusion matrix for each night that has a scored epoch, and whose night it is."
+    true, pred, night = _pair(y_true, y_pred)
+    owner, flat = None, _is_flat(y_true)
+    if subjects is not None: owner = _subject_numbers(subjects, len(y_true), "epochs" if flat else "nights")
+    if owner is not None and flat: night, owner = owner, np.unique(owner)
+    matrices = _count(true, pred, night, night.max(initial=-1) + 1 if owner is None else len(owner))
     seen = matrices.sum((1, 2)) > 0
     return matrices[seen], None if owner is None else owner[seen]
 
@@ -126,9 +135,8 @@ def staging_metrics(
     rows = {name: [float(pooled[name]), *_quantiles(each[name], (.5, .25, .75)), np.nan, np.nan] for name in pooled}
     rows |= {name: [n.sum(), *_quantiles(n.astype(float), (.5, .25, .75)), np.nan, np.nan] for name, n in counts.items()}
     n_subjects = np.nan if owner is None else len(np.unique(owner))
-    if n_subjects > 1:
-        people = np.stack([np.bincount(owner, cell) for cell in nights.reshape(len(nights), 30).T], 1) # [S, 30]
-        people = people[people.sum(1) > 0]
+    if owner is not None and n_subjects > 1:
+        people = np.stack([nights[owner == o].sum(0).ravel() for o in np.unique(owner)]) # [S, 30]
         boot = confusion_metrics((_draws(len(people), n_resamples, np.random.default_rng(rng)) @ people).reshape(-1, 5, 6))
         for name, values in boot.items(): rows[name][4:] = _quantiles(values, (.025, .975))
     for name, n in {"n_nights": len(nights), "n_subjects": n_subjects}.items(): rows[name] = [n, *[np.nan] * 5]
@@ -140,9 +148,9 @@ def staging_metrics(
 def compare_table(
     results: Mapping[str, pd.DataFrame], # tables of `staging_metrics`, by the name of what was judged
     metrics: Sequence[str] = ("kappa", "accuracy", "macro_f1", "f1_W", "f1_N1", "f1_N2", "f1_N3", "f1_REM"), # rows of those tables
-) -> pd.DataFrame: # text, one row per result: "0.71 (0.65 to 0.77)", pooled value and 95 % interval over subjects
+) -> pd.DataFrame: # text, one row per result: "0.71 [0.65, 0.77]", pooled value and 95 % interval over subjects
     "Results side by side; a value without an interval stands alone, one that is undefined reads n/a."
     def cell(row) -> str:
         if np.isnan(row.pooled): return "n/a"
-        return f"{row.pooled:.2f}" + ("" if np.isnan(row.ci_low) else f" ({row.ci_low:.2f} to {row.ci_high:.2f})")
+        return f"{row.pooled:z.2f}" + ("" if np.isnan(row.ci_low) else f" [{row.ci_low:z.2f}, {row.ci_high:z.2f}]")
     return pd.DataFrame({m: {name: cell(table.loc[m]) for name, table in results.items()} for m in metrics}, list(results), list(metrics))

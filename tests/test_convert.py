@@ -1,0 +1,181 @@
+"""Conversion under bad conditions: kills, full disks, broken files. The notebook shows it working; here it has to survive."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pftsleep.data.cohorts import FOLDER
+from pftsleep.data.convert import convert
+from pftsleep.data.edf import write_edf
+from pftsleep.data.recording import Recording, array_channel
+from pftsleep.data.signals import Recipe
+from pftsleep.data.store import open_store
+from pftsleep.errors import PFTSleepError
+
+RECIPE = Recipe.default(channels=("EEG", "EOG"))
+START = datetime(2024, 3, 1, 22, 30)
+
+
+def write_night(folder: Path, name: str, seed: int, seconds: int = 600, rates=(200, 128)) -> None:
+    rng = np.random.default_rng(seed)
+    eeg, eog = (array_channel(label, 20 * rng.standard_normal(int(seconds * fs)), fs=fs, unit="uV", kind=label[:3]) for label, fs in zip(("EEG C4-M1", "EOG E1-M2"), rates, strict=True))
+    write_edf(Recording(name, {eeg.name: eeg, eog.name: eog}, start=START), folder / f"{name}.edf")
+    (folder / f"{name}.csv").write_text("stage\n" + "\n".join(rng.choice(["W", "N1", "N2", "N3", "R"], seconds // 30)) + "\n")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(12): write_night(folder, f"n{i:02d}", i, seconds=1800)
+    return folder
+
+
+def contents(store) -> dict:
+    return {i: (store[i].hypnogram.stages.tolist(), [c.samples().tobytes() for c in store[i].channels.values()]) for i in store}
+
+
+@pytest.fixture(scope="module")
+def reference(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "store"
+    with ThreadPoolExecutor(1) as pool: ledger = convert(FOLDER, source, path, RECIPE, pool)
+    assert [o.status for o in ledger.outcomes] == ["done"] * 12, str(ledger)
+    return contents(open_store(path))
+
+
+SCRIPT = """
+import sys
+from pftsleep.data.cohorts import FOLDER
+from pftsleep.data.convert import convert
+from pftsleep.data.signals import Recipe
+if __name__ == "__main__":
+    print(convert(FOLDER, sys.argv[1], sys.argv[2], Recipe.default(channels=("EEG", "EOG"))))
+"""
+
+
+def start_convert(source, store, tmp_path, **kwargs):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, script, source, store], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def finished(store: Path) -> list[Path]: return sorted((store / "recordings").glob("*.zarr"))
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None or condition(), process.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(.005)
+
+
+@pytest.mark.parametrize("kill_after", [0, 1, 3, 7])
+def test_killed_convert_leaves_whole_recordings_and_resumes(source, reference, tmp_path, kill_after):
+    store = tmp_path / "store"
+    process = start_convert(source, store, tmp_path)
+    # a moment after the n-th recording appeared another one is being written
+    wait_for(lambda: len(finished(store)) >= kill_after and (store / "store.json").exists(), process)
+    time.sleep(.02 * kill_after)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for path in finished(store): # whatever bears a final name is complete and right
+        rec = open_store(store)[path.stem]
+        assert (rec.hypnogram.stages.tolist(), [c.samples().tobytes() for c in rec.channels.values()]) == reference[path.stem]
+    kept = len(finished(store))
+    with ThreadPoolExecutor(1) as pool: ledger = convert(FOLDER, source, store, RECIPE, pool)
+    assert len(ledger.of("skipped")) == kept and not ledger.failed
+    assert contents(open_store(store)) == reference
+    assert not list((store / "recordings").glob(".*"))
+
+
+def test_interrupt_keeps_what_is_finished(source, reference, tmp_path):
+    store = tmp_path / "store"
+    process = start_convert(source, store, tmp_path)
+    wait_for(lambda: len(finished(store)) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT) # Ctrl-C reaches the whole group, as in a terminal
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and b"KeyboardInterrupt" in err
+    manifest = open_store(store).manifest
+    assert len(manifest) == len(finished(store)) >= 2 # the manifest knows what was finished
+    with ThreadPoolExecutor(1) as pool: convert(FOLDER, source, store, RECIPE, pool)
+    assert contents(open_store(store)) == reference
+
+
+def test_full_disk(source, tmp_path):
+    """A file-size limit stands in for a full disk: the write fails with an OSError in mid-recording."""
+    store = tmp_path / "store"
+    limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    process = start_convert(source, store, tmp_path, preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()[-2000:]
+    assert b"0 done, 0 skipped, 12 failed" in out and b"StoreError" in out and b"free some space" in out
+    assert not finished(store) and not list((store / "recordings").glob(".*"))
+    with ThreadPoolExecutor(1) as pool: assert len(convert(FOLDER, source, store, RECIPE, pool).of("done")) == 12
+
+
+def test_bad_files_land_in_the_ledger_and_the_rest_goes_on(tmp_path):
+    folder, store = tmp_path / "files", tmp_path / "store"
+    folder.mkdir()
+    for i, name in enumerate(["good", "truncated_header", "truncated_data", "bad_word", "overlap", "flat", "no_channel", "empty"]): write_night(folder, name, i)
+    def cut(name, n): (folder / f"{name}.edf").write_bytes((folder / f"{name}.edf").read_bytes()[:n])
+    cut("truncated_header", 300); cut("empty", 0)
+    cut("truncated_data", (folder / "truncated_data.edf").stat().st_size // 2)
+    (folder / "bad_word.csv").write_text("stage\nW\nN2\nsleepy\n")
+    (folder / "overlap.csv").write_text("onset,duration,stage\n0,60,W\n30,60,N2\n")
+    flat = array_channel("EEG C4-M1", np.zeros(60_000), fs=100, unit="uV", kind="EEG")
+    eog = array_channel("EOG E1-M2", np.random.default_rng(0).standard_normal(60_000), fs=100, unit="uV", kind="EOG")
+    write_edf(Recording("flat", {flat.name: flat, eog.name: eog}, start=START), folder / "flat.edf")
+    write_edf(Recording("no_channel", {eog.name: eog}, start=START), folder / "no_channel.edf")
+
+    with ThreadPoolExecutor(2) as pool: ledger = convert(FOLDER, folder, store, RECIPE, pool)
+    by_id = {o.id: o for o in ledger.outcomes}
+    assert {i for i, o in by_id.items() if o.status == "done"} == {"good", "truncated_data"}, str(ledger)
+    for name, says in {"truncated_header": "truncated_header.edf", "empty": "empty.edf", "bad_word": "sleepy", "overlap": "overlap.csv", "flat": "C4-M1", "no_channel": "EEG"}.items():
+        o = by_id[name]
+        assert o.status == "failed" and says in o.message and name in o.message and not o.trace, o # a trace would mean that it wasn't a PFTSleepError
+    assert open_store(store).manifest["id"].tolist() == ["good", "truncated_data"]
+    assert open_store(store)["truncated_data"].issues # what was missing is said
+    lines = [json.loads(x) for x in (store / "ledger.jsonl").read_text().splitlines()]
+    assert {x["id"] for x in lines} == set(by_id)
+
+
+def test_dead_worker_fails_its_nights_only(source, tmp_path):
+    """A worker that is killed (as by the kernel when memory runs out) doesn't take the run along."""
+    store = tmp_path / "store"
+    process = start_convert(source, store, tmp_path)
+    wait_for(lambda: len(finished(store)) >= 1, process)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [p for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()[-2000:]
+    assert b"a worker process died" in out
+    with ThreadPoolExecutor(1) as pool: assert not convert(FOLDER, source, store, RECIPE, pool).failed
+
+
+def test_no_identity_in_the_store(tmp_path):
+    """Planted name, birth date and code of the header: nowhere in the store's bytes."""
+    folder, store = tmp_path / "files", tmp_path / "store"
+    folder.mkdir()
+    write_night(folder, "a", 0)
+    raw = bytearray((folder / "a.edf").read_bytes())
+    raw[8:88] = b"MCH-0234567 F 02-MAY-1951 Haagse_Harry".ljust(80)
+    raw[88:168] = b"Startdate 01-MAR-2024 PSG-1234/2002 NN Telemetry03".ljust(80)
+    (folder / "a.edf").write_bytes(raw)
+    with ThreadPoolExecutor(1) as pool: assert not convert(FOLDER, folder, store, RECIPE, pool).failed
+    everything = b"".join(p.read_bytes() for p in store.rglob("*") if p.is_file())
+    for secret in (b"Haagse", b"Harry", b"MCH-0234567", b"1951", b"PSG-1234", b"Telemetry03"): assert secret not in everything
+
+
+def test_missing_source_and_unwritable_target(source, tmp_path):
+    with pytest.raises(PFTSleepError, match="no such folder"): convert(FOLDER, tmp_path / "nowhere", tmp_path / "store", RECIPE)
+    with pytest.raises(PFTSleepError, match="can't be made"): convert(FOLDER, source, "/dev/null/store", RECIPE)

@@ -1,0 +1,179 @@
+"""The built site, opened in headless Chromium: no errors, no broken or foreign request, search works, figures are drawn."""
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
+    "--no-first-run", "--disable-dev-shm-usage", "--disable-features=OptimizationHints,MediaRouter"]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+    def copyfile(self, source, outputfile):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError): super().copyfile(source, outputfile) # the browser may have left the page
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    "The site that `make test` has just built; one built here where pytest runs alone."
+    if built := os.environ.get("PFTSLEEP_SITE"): return Path(built)
+    out = tmp_path_factory.mktemp("site") / "docs"
+    subprocess.run([sys.executable, "docs/build.py", "--out", str(out)], cwd=ROOT, check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def url(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--window-size=1400,1000"]: options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+def pages(site: Path) -> list[str]: return sorted(p for p in (p.relative_to(site).as_posix() for p in site.rglob("*.html")) if not p.startswith("_static"))
+
+
+def traffic(browser) -> tuple[list[str], list[str]]: # addresses asked for; what went wrong
+    "What happened on the network since the last call."
+    asked, failed = {}, []
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        params = message["params"]
+        match message["method"]:
+            case "Network.requestWillBeSent": asked[params["requestId"]] = params["request"]["url"]
+            case "Network.responseReceived" if params["response"]["status"] >= 400: failed.append(f"{params['response']['status']} {params['response']['url']}")
+            case "Network.loadingFailed" if not params.get("canceled"): failed.append(f"{params['errorText']} {asked.get(params['requestId'], '?')}")
+    return list(asked.values()), failed
+
+
+def eager_images(browser) -> None:
+    "Pictures below the fold are loaded late; ask for all, and wait."
+    browser.execute_async_script("""
+        const done = arguments[0], images = [...document.images];
+        images.forEach(i => i.loading = "eager");
+        Promise.all(images.map(i => i.decode().catch(() => 0))).then(() => done(1));""")
+
+
+def test_every_page_loads_without_error_and_asks_nobody_else(browser, site, url):
+    problems, seen = [], 0
+    browser.get("about:blank")
+    browser.get_log("performance"), browser.get_log("browser") # what the browser's own first page did
+    for page in pages(site):
+        browser.get(url + page)
+        eager_images(browser)
+        asked, failed = traffic(browser)
+        seen += any(a == url + page for a in asked)
+        foreign = [a for a in asked if not a.startswith((url, "data:", "blob:"))]
+        severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        broken = browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
+        problems += [f"{page}: {p}" for p in [*failed, *(f"asked {a}" for a in foreign), *severe, *(f"no picture: {b}" for b in broken)]]
+        if not browser.find_elements("css selector", "h1"): problems.append(f"{page}: no heading")
+    assert not problems, "\n".join(problems)
+    assert seen == len(pages(site)) >= 8 # the log was really read
+
+
+def test_links_between_pages_lead_somewhere(browser, site, url):
+    "Also to the places within pages, which a web server can't refuse."
+    targets, broken = {}, []
+    for page in pages(site):
+        browser.get(url + page)
+        targets[page] = browser.execute_script("return [...document.querySelectorAll('[id], [name]')].map(e => e.id || e.name)"), \
+            browser.execute_script("return [...document.querySelectorAll('a[href]')].map(a => a.href).filter(h => h.startsWith(arguments[0]))", url)
+    for page, (_, links) in targets.items():
+        for link in links:
+            path, _, place = link.removeprefix(url).partition("#")
+            path = path.partition("?")[0] or "index.html"
+            if path not in targets and not (site / path).is_file(): broken.append(f"{page} -> {path}")
+            elif place and path in targets and place not in targets[path][0]: broken.append(f"{page} -> {path}#{place}")
+    assert not broken, "\n".join(sorted(set(broken)))
+
+
+@pytest.mark.parametrize("name", ["Hypnogram", "read_edf"])
+def test_search_finds_a_public_name(browser, url, name):
+    from selenium.webdriver.support.ui import WebDriverWait
+    browser.get(f"{url}search.html?q={name}")
+    hits = WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", "ul.search li a"))
+    assert any(hit.get_attribute("href").endswith(f".{name}") for hit in hits), f"no entry of {name} among {[h.text for h in hits]}"
+    first = next(hit for hit in hits if hit.get_attribute("href").endswith(f".{name}"))
+    browser.get(first.get_attribute("href"))
+    shown = browser.find_elements("css selector", f"dt[id$='.{name}']")
+    assert shown and shown[0].is_displayed()
+
+
+def test_a_search_without_hits_says_so(browser, url):
+    from selenium.webdriver.support.ui import WebDriverWait
+    browser.get(f"{url}search.html?q=zzqqxxyy")
+    WebDriverWait(browser, 20).until(lambda b: "did not match any documents" in b.find_element("id", "search-results").text)
+
+
+def test_the_start_page_shows_a_figure_and_the_wings(browser, url):
+    browser.get(f"{url}index.html")
+    eager_images(browser)
+    figures = browser.execute_script("return [...document.querySelectorAll('.cell_output img')].map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
+    assert figures and all(natural > 100 and shown > 100 for natural, shown in figures), figures
+    cards = browser.find_elements("css selector", ".wings .sd-card")
+    assert len(cards) >= 3
+    cards[0].click()
+    assert browser.current_url.endswith("/data/index.html")
+
+
+def test_parameters_are_a_table_with_meanings(browser, url):
+    browser.get(f"{url}data/recording.html")
+    table = browser.find_element("xpath", "//dt[contains(@id, '.array_channel')]/following-sibling::dd//table")
+    rows = {row.find_element("css selector", "td").text: [cell.text for cell in row.find_elements("css selector", "td")] for row in table.find_elements("css selector", "tbody tr")}
+    assert rows["fs"] == ["fs", "float", "Hz"]
+    assert rows["**kwargs"][-1].startswith("further fields")
+    assert browser.find_elements("css selector", "dt[id$='.Channel'] ~ dd dt[id$='.Channel.samples']"), "the methods of a class are missing"
+
+
+def test_source_links_lead_to_the_line(browser, url):
+    browser.get(f"{url}data/recording.html")
+    link = browser.find_element("xpath", "//dt[contains(@id, '.array_channel')]/following-sibling::dd//a[contains(@href, 'recording.py#L')]").get_attribute("href")
+    line = int(link.rpartition("#L")[2])
+    assert (ROOT / "pftsleep/data/recording.py").read_text().splitlines()[line - 1].startswith("def array_channel(")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_page_is_wider_than_the_window(browser, site, url, width):
+    "Wide code and tables scroll in their own boxes."
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
+    try:
+        wide = []
+        for page in pages(site):
+            browser.get(url + page)
+            if (needs := browser.execute_script("return document.documentElement.scrollWidth")) > width + 1: wide.append(f"{page} needs {needs} px")
+        assert not wide, wide
+    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_llms_txt_lists_pages_that_exist(site):
+    text = (site / "llms.txt").read_text()
+    links = [line.partition("](")[2].partition(")")[0] for line in text.splitlines() if line.startswith("- [")]
+    assert len(links) >= 8
+    for link in links: assert (site / link.partition(".github.io/")[2].partition("/")[2]).is_file(), link

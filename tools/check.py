@@ -1,0 +1,175 @@
+"""Everything that is checked before a change is accepted; `make test` and `make test-slow` call it.
+
+    python tools/check.py          # the checks of every change
+    python tools/check.py --slow   # tests and notebook cells marked slow
+    python tools/check.py --gpu    # those that need a GPU
+
+Jobs run two at a time, each in a process of its own, the long ones first. Every job runs, whatever became of the others. Ends with the
+line `N passed, M failed`: tests of pytest, notebooks, and checks together.
+"""
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from processed import ROOT, notebooks
+
+LOGS = ROOT / "build" / "check"
+PY = sys.executable
+NOTEBOOK = "import sys; from pathlib import Path; from nbdev.test import test_nb; " \
+    "sys.exit(not test_nb(Path(sys.argv[1]).resolve(), skip_flags=sys.argv[2].split(), force_flags=sys.argv[3].split(), basepath='.')[0])"
+
+
+@dataclass
+class Job:
+    "One command, and what came of it."
+    name: str
+    command: list[str]
+    step: str = "" # line of the summary; several jobs may share one
+    timeout: float = 900 # s
+    after: str = "" # name of a job that has to end first
+    junit: Path | None = None # pytest's result file
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0
+    started: float = 0
+    note: str = ""
+    done: Future = field(default_factory=Future)
+
+
+def fast_jobs() -> list[Job]:
+    junit = LOGS / "pytest.xml"
+    jobs = [
+        Job("docs build", [PY, "docs/build.py"]),
+        Job("mypy", [PY, "-m", "mypy"]),
+        Job("pytest", [PY, "-m", "pytest", "-m", "not slow and not gpu", f"--junitxml={junit}", "--cov=pftsleep", "--cov-report=term", "--durations=15"],
+            timeout=1200, after="docs build", junit=junit),
+        *notebook_jobs(notebooks(), flags=""),
+        Job("export in sync", [PY, "tools/sync.py", "export", "--check"]),
+        Job("notebooks clean", [PY, "tools/sync.py", "clean", "--check"]),
+        Job("README in sync", [PY, "tools/sync.py", "readme", "--check"]),
+        Job("ruff", [PY, "-m", "ruff", "check", "pftsleep", "tests", "tools", "docs", "benchmarks", "jobs"]),
+    ]
+    return jobs
+
+
+def marked_jobs(mark: str, others: list[str]) -> list[Job]:
+    "Tests with a mark, and the notebooks that have cells with the flag of that name."
+    junit = LOGS / f"pytest-{mark}.xml"
+    flagged = [nb for nb in notebooks() if re.search(rf'"#\s*\|\s*{mark}\b', nb.read_text())]
+    selection = " and ".join([mark, *(f"not {other}" for other in others)])
+    return [Job(f"pytest -m {mark}", [PY, "-m", "pytest", "-m", selection, f"--junitxml={junit}", "--durations=15"], timeout=5400, junit=junit),
+        *notebook_jobs(flagged, flags=mark, timeout=1800)]
+
+
+def notebook_jobs(paths: list[Path], flags: str, timeout: float = 300) -> list[Job]:
+    "Longest first, going by size, since the last job to start decides when all are done."
+    import configparser
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf8")
+    skip = config["DEFAULT"]["tst_flags"]
+    names = [p.relative_to(ROOT).as_posix() for p in sorted(paths, key=lambda p: -p.stat().st_size)]
+    return [Job(name, [PY, "-c", NOTEBOOK, name, skip, flags], step="notebooks", timeout=timeout) for name in names]
+
+
+def run(job: Job, jobs: dict[str, Job]) -> None:
+    if job.after in jobs: jobs[job.after].done.result()
+    job.started = time.monotonic()
+    log = LOGS / (re.sub(r"\W+", "-", job.name) + ".log")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(LOGS / "coverage"), "PFTSLEEP_SITE": str(ROOT / "_docs")}
+    with log.open("w") as out:
+        process = subprocess.Popen(job.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try: code = process.wait(job.timeout)
+        except subprocess.TimeoutExpired:
+            code, job.note = -1, f"stopped after {job.timeout:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL) # and what it left behind
+            process.wait()
+    job.seconds = time.monotonic() - job.started
+    judge(job, code, log.read_text(errors="replace"))
+    report(job, log)
+
+
+def judge(job: Job, code: int, output: str) -> None:
+    "Counts what passed; a job that ends badly fails at least once, whatever it counted."
+    if job.junit is None: job.passed, job.failed = int(code == 0), int(code != 0)
+    elif job.junit.exists():
+        for case in ET.parse(job.junit).iter("testcase"):
+            kinds = {child.tag for child in case}
+            if kinds & {"failure", "error"}: job.failed += 1
+            elif "skipped" in kinds: job.skipped += 1
+            else: job.passed += 1
+        covered = re.search(r"^TOTAL\s.*?(\d+%)", output, re.M)
+        job.note = job.note or ", ".join(filter(None, [covered and f"coverage {covered[1]}", job.skipped and f"{job.skipped} skipped"]))
+    nothing_selected = job.junit is not None and code == 5
+    if code != 0 and not job.failed and not nothing_selected: job.failed = 1
+
+
+def report(job: Job, log: Path) -> None:
+    word = "FAIL" if job.failed else "ok"
+    print(f"{word:4}  {job.name:44}  {job.seconds:6.1f} s  {job.note}", flush=True)
+    if not job.failed: return
+    text = log.read_text(errors="replace").splitlines()
+    for line in text[-80:]: print(f"      | {line[:300]}")
+    print(f"      (all of it: {log.relative_to(ROOT)})", flush=True)
+
+
+def skipped_tests(jobs: list[Job]) -> list[str]:
+    reasons: dict[str, int] = {}
+    for job in jobs:
+        if job.junit is None or not job.junit.exists(): continue
+        for skip in ET.parse(job.junit).iter("skipped"):
+            reason = skip.get("message") or "no reason given"
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return [f"{n:4} skipped: {reason}" for reason, n in sorted(reasons.items())]
+
+
+def summary(jobs: list[Job], seconds: float) -> int: # how many failed
+    print(f"\n{'step':24} {'passed':>7} {'failed':>7} {'seconds':>8}")
+    steps = list(dict.fromkeys(job.step or job.name for job in jobs))
+    for step in steps:
+        own = [job for job in jobs if (job.step or job.name) == step]
+        bad = [Path(job.name).name for job in own if job.failed and job.step]
+        note = ", ".join(bad) if bad else next((j.note for j in own if j.note), "")
+        print(f"{step:24} {sum(j.passed for j in own):7} {sum(j.failed for j in own):7} {sum(j.seconds for j in own):8.1f}  {note}")
+    print(f"{'(by the clock)':24} {'':7} {'':7} {seconds:8.1f}")
+    for line in skipped_tests(jobs): print(line)
+    passed, failed = sum(j.passed for j in jobs), sum(j.failed for j in jobs)
+    print(f"\n{passed} passed, {failed} failed", flush=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slow", action="store_true", help="what is marked slow, in place of the usual checks")
+    parser.add_argument("--gpu", action="store_true", help="what needs a GPU, in place of the usual checks")
+    parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for old in LOGS.iterdir(): shutil.rmtree(old) if old.is_dir() else old.unlink()
+    jobs = marked_jobs("slow", ["gpu"]) if args.slow else marked_jobs("gpu", []) if args.gpu else fast_jobs()
+    by_name = {job.name: job for job in jobs}
+    begun = time.monotonic()
+    with ThreadPoolExecutor(args.workers) as pool:
+        def finish(job: Job) -> None:
+            try: run(job, by_name)
+            except Exception as e:
+                job.failed, job.note = max(job.failed, 1), f"{type(e).__name__}: {e}"
+                print(f"FAIL  {job.name}: {job.note}", flush=True)
+            finally: job.done.set_result(None)
+        list(pool.map(finish, jobs))
+    sys.exit(bool(summary(jobs, time.monotonic() - begun)))
+
+
+if __name__ == "__main__": main()
