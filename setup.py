@@ -16,6 +16,7 @@ setup(
     long_description=open("README.md", encoding="utf8").read(),
     long_description_content_type="text/markdown",
     url=f"https://github.com/{cfg['user']}/{cfg['repo']}",
+    project_urls={"Documentation": f"https://{cfg['user']}.github.io/{cfg['repo']}"},
     author=cfg["author"],
     author_email=cfg["author_email"],
     license="Apache-2.0",

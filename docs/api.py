@@ -77,9 +77,10 @@ class Api:
 
     def _table(self, parameters: list[dict]) -> str:
         if not parameters: return ""
-        kind = lambda p: " = ".join(filter(None, [_code(p["type"]), _code(p["default"])]))
+        kind = lambda p: " = ".join(filter(None, [self.link(_code(p["type"])), _code(p["default"])]))
+        about = lambda p: p["meaning"] or _first_sentence(p["annotation"]) # a class of ours, which needs no further comment
         columns = {"Parameter": [f"`{p['name']}`" for p in parameters], "Type": [kind(p) for p in parameters],
-            "Meaning": [_cell(self.link(p["meaning"])) for p in parameters]}
+            "Meaning": [_cell(self.link(about(p))) for p in parameters]}
         return _markdown_table({head: cells for head, cells in columns.items() if any(cells)})
 
     def _members(self, cls: type[enum.Enum]) -> str:
@@ -115,7 +116,7 @@ class Api:
             short = [n.removeprefix(module + ".") for n in names]
             out += [f"## [{module.removeprefix('pftsleep.')}](/{page}.ipynb)", "", _markdown_table({
                 "Name": [f"{{py:obj}}`{s} <{n}>`" for s, n in zip(short, names, strict=True)],
-                "What it is": [_cell(self.link(_first_sentence(self.modules[module], s))) for s in short]}), ""]
+                "What it is": [_cell(self.link(_first_sentence(attrgetter(s)(self.modules[module])))) for s in short]}), ""]
         return "\n".join(out)
 
 
@@ -172,7 +173,8 @@ def _parameters(obj) -> list[dict]:
     for p in sig.parameters.values():
         if p.name in ("self", "cls"): continue
         star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        out.append(dict(name=star + p.name, type=_type(p.annotation), default="" if p.default is p.empty else _default(p.default),
+        own = p.annotation if inspect.isclass(p.annotation) and p.annotation.__module__.startswith("pftsleep.") else None
+        out.append(dict(name=star + p.name, type=_type(p.annotation), annotation=own, default="" if p.default is p.empty else _default(p.default),
             meaning=stars.get(star, "") if star else comments.get(p.name) or ""))
     return out
 
@@ -202,8 +204,9 @@ def _constants(module) -> Iterator[tuple[str, object, str]]: # name, value, comm
                 yield target.id, getattr(module, target.id), comments.get(node.end_lineno, "") or comments.get(node.lineno, "")
 
 
-def _first_sentence(module, name: str) -> str:
-    return (inspect.getdoc(attrgetter(name)(module)) or "").split("\n\n")[0].replace("\n", " ")
+def _first_sentence(obj) -> str:
+    text = "" if obj is None else (inspect.getdoc(obj) or "").split("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=[a-z`)\]])\. (?=[A-Z])", text)[0].rstrip(".") + "." if text else ""
 
 
 def _code(text: str) -> str: return f"`{_cell(text)}`" if text else ""

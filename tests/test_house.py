@@ -42,7 +42,9 @@ class Cell:
     @property
     def tree(self) -> ast.Module: return ast.parse(re.sub(r"^\s*[%!].*$", "pass", self.source, flags=re.M))
     @property
-    def only_imports(self) -> bool: return all(isinstance(node, ast.Import | ast.ImportFrom) for node in self.tree.body)
+    def only_imports(self) -> bool:
+        try: return all(isinstance(node, ast.Import | ast.ImportFrom) for node in self.tree.body)
+        except SyntaxError: return False # executing it will say so
 
 
 def cells(path: Path) -> list[Cell]:
@@ -162,9 +164,11 @@ def _public() -> list[tuple[str, str, object]]: # module, name, object
 
 
 def _undocumented(obj) -> list[str]:
-    "Parameters without a comment. `*args` and `**kwargs` are left out: docments takes their comments for others'."
+    """Parameters without a comment. A parameter whose type is a class of ours needs none, since the site then shows what that class is;
+    `*args` and `**kwargs` are left out because docments takes their comments for others'."""
     comments, parameters = docments(obj), inspect.signature(obj).parameters.values()
-    return [p.name for p in parameters if p.name not in ("self", "cls") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and not comments.get(p.name)]
+    ours = lambda p: inspect.isclass(p.annotation) and p.annotation.__module__.startswith("pftsleep.")
+    return [p.name for p in parameters if p.name not in ("self", "cls") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and not comments.get(p.name) and not ours(p)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

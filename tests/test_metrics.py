@@ -33,14 +33,14 @@ def naive(true, pred):
     one_class = len({*t, *p}) == 1
     f1 = sk.f1_score(t, p, labels=LABELS, average=None, zero_division=0)
     seen = [s in t or s in p for s in LABELS]
-    out = {"kappa": np.nan if one_class else sk.cohen_kappa_score(t, p), "accuracy": sk.accuracy_score(t, p), "macro_f1": f1[seen].mean() if any(seen) else np.nan}
+    out = {"kappa": np.nan if one_class else sk.cohen_kappa_score(t, p), "accuracy": sk.accuracy_score(t, p), "macro_f1": f1[seen].mean()}
     precision, recall = (f(t, p, labels=LABELS, average=None, zero_division=np.nan) for f in (sk.precision_score, sk.recall_score))
     for s in SCORED_STAGES:
         out |= {f"f1_{s.name}": f1[s] if seen[s] else np.nan, f"precision_{s.name}": precision[s], f"recall_{s.name}": recall[s]}
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(night)
 def test_one_night_agrees_with_sklearn(pair):
     table = staging_metrics(*pair)
@@ -48,7 +48,7 @@ def test_one_night_agrees_with_sklearn(pair):
         np.testing.assert_allclose(table.loc[name, ["pooled", "night_median"]], [value, value], atol=1e-12, err_msg=name)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(nights)
 def test_nights_pool_and_have_quartiles(pairs):
     true, pred = [t for t, _ in pairs], [p for _, p in pairs]

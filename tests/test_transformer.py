@@ -1,27 +1,35 @@
-"""Parity of `PatchTransformer` with the original PFTSleep encoder, and attention against a naive oracle."""
+"""`PatchTransformer` against the original PFTSleep encoder, and attention against the residual attention of the paper, written out with all its scores."""
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from pftsleep.models.transformer import BatchNorm, PatchConfig, PatchTransformer, Reconstruction, attend, n_parameters
+from pftsleep.errors import ConfigError, ModelError
+from pftsleep.models.transformer import BatchNorm, InstanceNorm, PatchConfig, PatchTransformer, Reconstruction, attend, rotate
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "pftsleep"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared/fixtures is not here")
 
 
+def rand(*shape, seed=0, dtype=torch.float64): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 # ---- the original's tiny checkpoint ----
 
 def from_original(state: dict, n_channels: int, n_layers: int) -> tuple[dict, dict]:
-    "The original's keys as ours: encoder, reconstruction head."
+    "The original's tensors (weights, gradients or buffers) under our names: encoder, reconstruction head."
     s = {k.removeprefix("model."): v for k, v in state.items()}
     stack = lambda prefix, what: torch.stack([s[f"{prefix}.W_P.{c}.{what}"] for c in range(n_channels)])
     ours = {"instance_norm.weight": s["revin.affine_weight"][0], "instance_norm.bias": s["revin.affine_bias"][0], "positions": s["pe.W_pos"],
         **{f"embedding.{what}": stack("patch_encoder", what) for what in ("weight", "bias")}}
     for i in range(n_layers):
         old, new = f"layers.{i}.", f"blocks.{i}."
-        ours[new + "attention.scale"] = s[old + "self_attn.sdp_attn.scale"]
+        if (scale := old + "self_attn.sdp_attn.scale") in s: ours[new + "attention.scale"] = s[scale]
         for what in ("weight", "bias"):
             ours[new + "attention.qkv." + what] = torch.cat([s[f"{old}self_attn.W_{x}.{what}"] for x in "QKV"])
             for a, b in [("self_attn.to_out.0.", "attention.out."), ("ff.0.", "feed_forward.0."), ("ff.3.", "feed_forward.3.")]: ours[new + b + what] = s[old + a + what]
@@ -29,7 +37,8 @@ def from_original(state: dict, n_channels: int, n_layers: int) -> tuple[dict, di
     return ours, {f"decoder.{what}": stack("head", what) for what in ("weight", "bias")}
 
 
-def tiny_original(**changes) -> tuple[PatchTransformer, Reconstruction]:
+def original(**changes) -> tuple[PatchTransformer, Reconstruction]:
+    "The fixture's encoder and reconstruction head as ours, in eval mode."
     state = torch.load(FIXTURES / "pft_encoder_tiny.ckpt", weights_only=True)["state_dict"]
     config = PatchConfig.pftsleep(d_model=32, n_layers=2, n_heads=2, d_ff=64, max_patches=40, **changes)
     encoder, decoder = PatchTransformer(config), Reconstruction(config)
@@ -37,26 +46,251 @@ def tiny_original(**changes) -> tuple[PatchTransformer, Reconstruction]:
     return encoder.eval(), decoder.eval()
 
 
-def same(ours: torch.Tensor, original: np.ndarray, tolerance: float) -> None:
+def close(ours: torch.Tensor, theirs: np.ndarray, tolerance: float) -> None:
+    "Largest difference, as a share of the largest value, is below `tolerance`."
     ours = ours.detach().numpy()
-    assert ours.shape == original.shape
-    assert np.abs(ours - original).max() < tolerance
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() < tolerance * max(1, np.abs(theirs).max())
 
 
 @needs_fixtures
 @pytest.mark.parametrize("masked", [False, True])
-def test_original_encoder(masked):
+def test_encoder_equals_the_original(masked):
     z = np.load(FIXTURES / "pft_encoder_tiny.npz")
-    encoder, decoder = tiny_original()
+    encoder, decoder = original()
     x, pad = torch.from_numpy(z["x"]), torch.from_numpy(z["mask"]) if masked else None
     with torch.no_grad():
         patches, hidden = encoder.patches(x, pad)
-        values = encoder(x, pad)
+        embedded, values = encoder.embedding(patches), encoder(x, pad)
         recon = decoder.reconstruct(values)
-    assert masked == (hidden is not None)
-    if masked: assert all((hidden[:, c].numpy() == z["key_padding_mask"]).all() for c in range(7)) and z["key_padding_mask"].any()
-    same(patches.transpose(1, 2)[..., ::10], z["target"], 1e-5)
-    same(encoder.instance_norm(x)[..., ::20], z["revin"], 1e-5)
-    same(values.mT, z["z_mask" if masked else "z_nomask"], 1e-5)
-    same(recon.transpose(1, 2)[..., ::10], z["recon_mask" if masked else "recon_nomask"], 1e-5)
-    assert np.abs(z["z_mask"] - z["z_nomask"]).max() > 1e-3 # the mask matters in this fixture
+    close(encoder.instance_norm(x)[..., :1500], z["revin"], 1e-6)
+    close(patches.transpose(1, 2)[..., ::10], z["target"], 1e-6)
+    close(embedded.transpose(1, 2), z["emb"], 1e-6)
+    close(values.mT, z["z_mask" if masked else "z_nomask"], 4e-6) # in absolute terms 5e-5 on values up to 25; the original itself is 7e-5 from a float64 run
+    close(recon.transpose(1, 2)[..., ::10], z["recon_mask" if masked else "recon_nomask"], 4e-6)
+    assert (hidden is not None) == masked
+    if masked:
+        assert z["key_padding_mask"].any() and (hidden.numpy() == z["key_padding_mask"][:, None]).all()
+        assert np.abs(z["z_mask"] - z["z_nomask"]).max() > .1 # so the mask matters in this fixture
+
+
+@needs_fixtures
+def test_no_further_from_the_truth_than_the_original():
+    z = np.load(FIXTURES / "pft_encoder_tiny.npz")
+    encoder, _ = original()
+    x, pad = torch.from_numpy(z["x"]), torch.from_numpy(z["mask"])
+    with torch.no_grad(): single, double = encoder(x, pad).mT.numpy(), encoder.double()(x.double(), pad).mT.numpy()
+    theirs = np.abs(z["z_mask"] - double).max()
+    assert theirs < 1e-4 and np.abs(single - double).max() < 2 * theirs
+
+
+@needs_fixtures
+def test_training_step_equals_the_original():
+    "Loss, gradients and batch-norm statistics of one step in training mode without dropout; mean squared error over what is not padding."
+    z, t = np.load(FIXTURES / "pft_encoder_tiny.npz"), np.load(FIXTURES / "pft_train_step_tiny.npz")
+    encoder, decoder = original(dropout=0.)
+    encoder.train()
+    patches, hidden = encoder.patches(torch.from_numpy(z["x"]), torch.from_numpy(z["mask"]))
+    loss = (decoder(encoder.run(encoder.embed(patches), hidden)) - patches.detach())[~hidden].square().mean()
+    loss.backward()
+    assert abs(loss.item() / t["loss"] - 1) < 1e-6
+    part = lambda prefix: {k.removeprefix(prefix): torch.from_numpy(v) for k, v in t.items() if k.startswith(prefix)}
+    for module, wanted in zip((encoder, decoder), from_original(part("grad/"), 7, 2), strict=True):
+        got = {k: p.grad for k, p in module.named_parameters() if p.requires_grad}
+        assert set(got) == set(wanted)
+        for k, g in wanted.items():
+            assert (got[k] - g).abs().max() < 1e-4 * max(g.abs().max(), 1e-2), k # keys' biases have gradient 0 but for rounding
+    ours, theirs = dict(encoder.named_buffers()), part("buffer_after/model.")
+    for k, v in theirs.items(): assert torch.allclose(ours[k.replace("layers", "blocks").replace("norm_attn.1", "norm1").replace("norm_ffn.1", "norm2")], v, rtol=1e-4, atol=1e-5), k
+
+
+@needs_fixtures
+def test_published_sizes():
+    "All keys and shapes of the published file have a place, and nothing is left over."
+    keys = json.loads((FIXTURES / "pft_full_keys.json").read_text())["encoder_checkpoint"]
+    with torch.device("meta"):
+        modules = PatchTransformer(PatchConfig.pftsleep()), Reconstruction(PatchConfig.pftsleep())
+        theirs = {k: torch.empty(shape) for k, shape in keys.items()}
+    for module, wanted in zip(modules, from_original(theirs, 7, 3), strict=True):
+        assert {k: v.shape for k, v in module.state_dict().items()} == {k: v.shape for k, v in wanted.items()}
+    assert sum(v.numel() for m in modules for v in m.state_dict().values()) == sum(v.numel() for v in theirs.values())
+
+
+@needs_fixtures
+def test_upstream_cuts_and_refuses():
+    encoder, _ = original()
+    x = rand(1, 7, 31_000, dtype=torch.float32)
+    longer, exact = encoder(x), encoder(x[..., :30_000])
+    assert longer.shape == exact.shape == (1, 7, 40, 32)
+    assert (longer - exact).abs().max() > 1e-3 # statistics of the whole night, then cut: defect D1 of the original, kept
+    with pytest.raises(ModelError, match="published for 30000"): encoder(x[..., :29_000])
+
+
+# ---- attention against its definition ----
+
+def naive_run(encoder: PatchTransformer, tokens, pad=None, angle=None):
+    "Layers with the scores kept, added to the next layer's and masked, as in RealFormer and in reference 1.3."
+    c, previous = encoder.config, 0.
+    x, hidden = tokens.flatten(0, 1), None if pad is None else pad.flatten(0, 1)
+    for b in encoder.blocks:
+        a, h = b.attention, b.norm1(x) if c.pre_norm else x
+        q, k, v = (part.unflatten(-1, (c.n_heads, -1)).transpose(1, 2) for part in a.qkv(h).chunk(3, -1))
+        if angle is not None: q, k = rotate(q, angle), rotate(k, angle)
+        scores = q @ k.mT * a.scale + previous
+        if c.residual_attention: previous = scores
+        if hidden is not None: scores = scores.masked_fill(hidden[:, None, None], -1e30)
+        weights = scores.softmax(-1)
+        if hidden is not None: weights = weights * ~hidden[:, None, None]
+        x = x + a.out((weights @ v).transpose(1, 2).flatten(2))
+        if c.pre_norm: x = x + b.feed_forward(b.norm2(x))
+        else:
+            x = b.norm1(x)
+            x = b.norm2(x + b.feed_forward(x))
+    x = x if encoder.norm is None else encoder.norm(x)
+    if hidden is not None and not c.upstream: x = x * ~hidden[..., None]
+    return x.unflatten(0, tokens.shape[:2])
+
+
+def some_padding(b, c, n, seed=0):
+    "Padding at the end, in the middle, and of everything."
+    pad = torch.rand(b, c, n, generator=torch.Generator().manual_seed(seed)) < .2
+    pad[0, 0] = True
+    pad[-1, :, n // 2:] = True
+    return pad
+
+
+@pytest.mark.parametrize("n", [1, 7, 120, 480])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("settings", [
+    dict(residual_attention=True, pre_norm=False, norm="batch", final_norm=False, n_layers=3),
+    dict(residual_attention=True, n_layers=4), dict(n_layers=2)], ids=["pftsleep", "residual, before", "plain, before"])
+def test_attention_equals_its_definition(settings, masked, n):
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.tiny(channels=("a", "b"), d_model=16, n_heads=2, d_ff=32, position="none", **settings)).double().eval()
+    for i, block in enumerate(encoder.blocks): block.attention.scale.fill_(.35 + .1 * i) # a published file may hold any
+    pad, weight = some_padding(2, 2, n) if masked else None, rand(2, 2, n, 16, seed=1)
+    results = []
+    for run in (encoder.run, lambda *args: naive_run(encoder, *args), lambda *args: encoder.run(*args, return_attention=True)[0]):
+        encoder.zero_grad()
+        tokens = rand(2, 2, n, 16).requires_grad_()
+        out = run(tokens, pad)
+        (out * weight).sum().backward()
+        results.append([out, tokens.grad, *(p.grad for p in encoder.blocks.parameters() if p.requires_grad)])
+    for got in results[::2]:
+        for mine, definition in zip(got, results[1], strict=True):
+            assert torch.isfinite(mine).all() and (mine - definition).abs().max() < 1e-9 * max(1, definition.abs().max())
+
+
+def test_rows_without_a_key_are_exact_zeros():
+    q, k, v = (rand(2, 3, 5, 4, seed=i).requires_grad_() for i in range(3))
+    pad = torch.zeros(2, 5, dtype=torch.bool)
+    pad[1] = True
+    for with_weights in (False, True):
+        out, weights = attend(q, k, v, pad, return_attention=with_weights)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert (out[1] == 0).all() and all((g[1] == 0).all() and torch.isfinite(g).all() for g in grads)
+        assert (weights is not None) == with_weights
+    assert (weights[1] == 0).all() and torch.allclose(weights[0].sum(-1), torch.ones(3, 5, dtype=torch.float64))
+
+
+def test_rotary_tokens_may_be_left_out():
+    "A masked autoencoder runs a tenth of the tokens; with one layer and their positions given, they see what they would see if the others were hidden."
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.tiny()).double().eval()
+    tokens, keep = rand(1, 1, 40, 64), torch.arange(40) % 10 == 3
+    alone = encoder.run(tokens[:, :, keep], positions=torch.arange(40)[keep])
+    assert torch.allclose(alone, encoder.run(tokens, ~keep[None, None])[:, :, keep], atol=1e-12)
+    assert torch.allclose(alone, encoder.run(tokens[:, :, keep], positions=torch.arange(40)[keep].expand(1, 1, -1)), atol=1e-12)
+    assert not torch.allclose(alone, encoder.run(tokens[:, :, keep]), atol=1e-3)
+
+
+MEMORY = """
+import resource, sys, torch
+from pftsleep.models.transformer import attend
+torch.set_num_threads(1)
+n, h, w, v = 4800, 4, 384, 128
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+mode = sys.argv[1]
+make = lambda n, width: torch.randn(1, h, n, width, requires_grad=mode == "backward")
+pad = torch.zeros(1, n, dtype=torch.bool); pad[:, -100:] = True
+def run(n):
+    q, k, x = make(n, w), make(n, w), make(n, v)
+    before = peak()
+    if mode == "unpadded": torch.nn.functional.scaled_dot_product_attention(q, k, x, attn_mask=~pad[:, None, None, :n])
+    else:
+        out, _ = attend(q, k, x, pad[:, :n])
+        if mode == "backward": out.sum().backward()
+    return peak() - before
+run(64)
+print(run(n) / (n * n * 4))
+"""
+
+
+def extra_memory(mode: str) -> float:
+    "Peak memory of attention over a published night of one channel, beyond its inputs, in tables of N x N float32."
+    return float(subprocess.run([sys.executable, "-c", MEMORY, mode], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_no_table_of_scores_is_stored():
+    "4800 tokens, 4 heads: a stored table would be 4 (one for each head), as the control shows that forgets to widen the values."
+    assert extra_memory("forward") < 1 # output, widened values: 4800 x 384 x 4 each, 0.3 of a table
+    assert extra_memory("backward") < 3 # and gradients of queries, keys and values
+    assert extra_memory("unpadded") > 4
+
+
+@pytest.mark.slow
+def test_published_size_equals_its_definition():
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.pftsleep(channels=("EEG",), dropout=0.)).eval()
+    x, pad = rand(1, 1, 3_600_000, dtype=torch.float32), torch.zeros(1, 3_600_000, dtype=torch.bool)
+    pad[:, 3_000_000:] = True
+    with torch.no_grad():
+        patches, hidden = encoder.patches(x, pad)
+        tokens = encoder.embed(patches)
+        out = encoder.run(tokens, hidden)
+        assert out.shape == (1, 1, 4800, 512) and (out - naive_run(encoder, tokens, hidden)).abs().max() < 1e-4
+
+
+# ---- normalisation ----
+
+def test_batch_norm_ignores_padding_only_while_it_counts():
+    bn, plain = BatchNorm(6).double(), torch.nn.BatchNorm1d(6).double()
+    x, pad = rand(3, 8, 6), torch.zeros(3, 8, dtype=torch.bool)
+    pad[:, 5:] = True
+    out = bn(x.masked_fill(pad[..., None], 1e9), pad)
+    assert torch.allclose(out[:, :5], plain(x[:, :5].flatten(0, 1)).view(3, 5, 6))
+    assert torch.allclose(bn.running_var, plain.running_var) and (out[pad] == 0).all()
+    assert (bn(x, torch.ones_like(pad)) == 0).all() and torch.allclose(bn.running_var, plain.running_var) # nothing there, nothing learned
+    assert torch.allclose(bn.eval()(x, pad), plain.eval()(x.flatten(0, 1)).view(3, 8, 6))
+
+
+@pytest.mark.parametrize("offset", [0., 97.3, 1e4, -3e5])
+def test_flat_channels_stay_flat(offset):
+    "At any level, alone and in a padded batch; a normalisation that divides rounding by nothing would make a signal of it."
+    norm, pad = InstanceNorm(1), torch.arange(4000)[None, None] >= 3001
+    x = torch.full((1, 1, 4000), offset)
+    assert norm(x).abs().max() < 1e-3 and norm(x, pad).abs().max() < 1e-3
+    assert torch.isfinite(norm(x, torch.ones_like(pad))).all()
+
+
+# ---- settings ----
+
+@pytest.mark.parametrize("wrong", [dict(embedding="fourier"), dict(channels=()), dict(rate=0.), dict(patch=0), dict(n_heads=3), dict(d_model=-64), dict(n_layers=-1),
+    dict(position="learned")], ids=str)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ConfigError): PatchConfig.tiny(**wrong)
+
+
+def test_weights_are_drawn_from_torchs_seed():
+    for seed, same in ((0, True), (1, False)):
+        torch.manual_seed(0); a = PatchTransformer(PatchConfig.tiny())
+        torch.manual_seed(seed); b = PatchTransformer(PatchConfig.tiny())
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)) == same
+
+
+def test_the_whole_step_can_be_captured():
+    "No Python in the forward pass depends on values: one graph, without a break."
+    encoder = PatchTransformer(PatchConfig.tiny(channels=("a", "b"), rate=10.)).eval()
+    x, pad = rand(2, 2, 310, dtype=torch.float32), torch.arange(310).expand(2, -1) >= torch.tensor([[310], [150]])
+    with torch.no_grad(): assert torch.allclose(torch.compile(encoder, backend="eager", fullgraph=True)(x, pad), encoder(x, pad), atol=1e-6)

@@ -1,4 +1,5 @@
 """nbdev's processed notebooks, without Quarto: what the site (`docs/build.py`) and the README (`tools/sync.py`) are made from."""
+import ast
 import json
 import re
 import shutil
@@ -15,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 WINGS = { # in the order of their dependencies, which is the order of reading
     "data": "Files become recordings, recordings become a store, a store becomes batches.",
-    "models": "Layers, encoders, heads, and the published weights.",
-    "evaluation": "Metrics, sleep statistics, rhythms, plots and reports.",
-    "training": "Objectives, pretraining, probing, fine-tuning.",
-    "apps": "Staging, embedding, and the command line.",
+    "models": "Layers, encoders and heads.",
+    "evaluation": "Agreement, sleep statistics, plots and reports.",
+    "training": "Objectives, pretraining and probing.",
+    "apps": "Staging and the command line.",
     "tutorials": "Whole journeys on small data.",
 }
 
@@ -55,6 +56,7 @@ def _chapters(scratch: Path) -> Iterator[Chapter]:
     # Executing show_doc takes a minute and its result drops parameter comments; docs/build.py renders signatures from the package instead
     (scratch / "settings.ini").write_text((ROOT / "settings.ini").read_text() + "\nskip_procs = exec_show_docs\n")
     shutil.copytree(NBS, scratch / "nbs", ignore=shutil.ignore_patterns("*.py", ".*", "__pycache__"))
+    for path in notebooks(scratch / "nbs"): show_helpers(path)
     done = subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)"], cwd=scratch, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"nbdev could not process the notebooks:\n{done.stdout}{done.stderr}")
     for path in notebooks(scratch / "_proc"):
@@ -65,12 +67,25 @@ def _chapters(scratch: Path) -> Iterator[Chapter]:
         yield Chapter(path.relative_to(scratch / "_proc"), front.get("title", path.stem), front.get("description", ""), nb)
 
 
+def show_helpers(path: Path) -> None:
+    "Exported cells without a public function or class, which nbdev hides although examples use them, as folded cells."
+    nb = json.loads(path.read_text())
+    for cell in nb["cells"]:
+        directives, source = split_directives("".join(cell["source"]))
+        if cell["cell_type"] != "code" or not {"export", "exporti"} & directives.keys() or "hide" in directives: continue
+        body = ast.parse(source).body
+        public = any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" for node in body)
+        if public or all(isinstance(node, ast.Import | ast.ImportFrom) for node in body): continue
+        cell["source"] = f"#| code-fold: true\n{source}"
+    path.write_text(json.dumps(nb))
+
+
 def split_directives(source: str) -> tuple[dict[str, str], str]: # `#| key: value` lines, the rest
     "The directives at the head of a code cell, and its code."
     lines = source.splitlines()
     n = next((i for i, line in enumerate(lines) if not re.match(r"#\s*\|", line)), len(lines))
     parts = [re.sub(r"^#\s*\|\s*", "", line).partition(":") for line in lines[:n]]
-    return {key.strip(): value.strip() for key, _, value in parts}, "\n".join(lines[n:]).strip("\n")
+    return {key.strip().split(" ")[0]: value.strip() for key, _, value in parts}, "\n".join(lines[n:]).strip("\n")
 
 
 def text_of(value) -> str:

@@ -83,7 +83,7 @@ class AlignmentReport:
         return "\n".join([
             f"{self.epochs_kept} epochs of {self.epoch_length:g} s kept, {self.unscored_kept} of them unscored (policy '{self.policy}')",
             f"  offset     {self.offset:+.6g} s, {'by clock times' if self.basis == 'clock' else 'ASSUMED: a start time is missing'}",
-            f"  signal     {self.signal_cut_before:.6g} s cut before, {self.signal_cut_after:.6g} s after; {self.events_dropped} events dropped",
+            f"  signal     {self.signal_cut_before:.6g} s cut before, {self.signal_cut_after:.6g} s after; {self.events_dropped} event{'s' * (self.events_dropped != 1)} dropped",
             f"  hypnogram  {self.epochs_cut_before} epochs cut before, {self.epochs_cut_after} after; {self.epochs_added_before} added before, {self.epochs_added_after} after",
             f"  remainder  {', '.join(f'{name} {1000 * r:.3g} ms' for name, r in late.items()) or 'none: every channel has a sample at the first epoch'}"])
 

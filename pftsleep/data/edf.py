@@ -172,8 +172,9 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 def _integer(text: str) -> int | None:
+    "A whole number of at most eight digits, the width of the widest such field."
     value = _number(text)
-    return None if value is None or value != int(value) else int(value)
+    return None if value is None or value != int(value) or abs(value) >= 1e8 else int(value)
 
 # %% ../../nbs/data/02_edf.ipynb #c9285d0e
 _FIELDS = dict(label=16, transducer=80, dimension=8, physical_min=8, physical_max=8, digital_min=8, digital_max=8, prefilter=80, n=8, reserved=32) # widths, per signal
@@ -203,8 +204,8 @@ def _parse_header(path: Path, head: bytes, rest: bytes, n: int) -> _Header:
     issues = []
     text = lambda a, b: _text(head[a:b])
     seconds, claimed, said = _number(text(244, 252)), _integer(text(236, 244)), _integer(text(184, 192))
-    if seconds is None or seconds < 0 or 0 < seconds < 1e-6: raise EDFError(f"the header has an impossible record duration, '{text(244, 252)}'", path, remedy="sampling rates depend on it: export the file again")
-    if claimed is None or claimed < -1: claimed = -1; issues.append(ReadIssue("repaired", f"the number of records is '{text(236, 244)}'; counted in the file instead"))
+    if seconds is None or not (seconds == 0 or 1e-6 <= seconds < 1e8): raise EDFError(f"the header has an impossible record duration, '{text(244, 252)}'", path, remedy="sampling rates depend on it: export the file again")
+    if claimed is None or claimed < -1: claimed = -1
     if said != len(rest) + 256:
         if said and said >= 512 and said % 256 == 0: raise EDFError(f"the header contradicts itself: {n} signals, but {said} bytes, enough for {said // 256 - 1}", path, remedy="export the file again")
         issues.append(ReadIssue("repaired", f"the header says that it has '{text(184, 192)}' bytes; {n} signals make {len(rest) + 256}"))
@@ -224,7 +225,7 @@ def _parse_signals(path: Path, rest: bytes, n: int, width: int) -> Iterator[_Sig
     offset = 0
     for i in range(n):
         samples = _integer(field["n"][i])
-        if samples is None or not 0 <= samples < 10**8: # eight characters
+        if samples is None or samples < 0:
             raise EDFError(f"an impossible number of samples per record, '{field['n'][i]}'", path, field["label"][i], remedy="where any sample lies depends on it: export the file again")
         yield _Signal(field["label"][i], field["dimension"][i], field["physical_min"][i], field["physical_max"][i], field["digital_min"][i], field["digital_max"][i],
             samples, field["reserved"][i], offset)
@@ -388,7 +389,7 @@ class _Samples:
             if (now := at.path.stat().st_size) != at.size: raise EDFError(f"the file had {at.size} bytes when it was opened and has {now} now")
             parts = [_READERS[self.reader](self, first, stop)] if first < stop else []
             if b > at.whole * n: parts.append(_integers(_tail(at, self.signal), at.width))
-        except (OSError, ValueError, EDFError) as e:
+        except Exception as e: # whatever a library raises
             raise EDFError(f"samples can't be read: {e.problem if isinstance(e, EDFError) else e}", at.path, self.signal.label, remedy="check that the file is still there and whole, then read it again") from e
         return np.concatenate(parts)[a - first * n:b - first * n]
 
@@ -409,7 +410,7 @@ _READERS = {"edfio": _by_edfio, "pyedflib": _by_pyedflib, "bytes": _by_bytes}
 # %% ../../nbs/data/02_edf.ipynb #e60d185b
 def _choose_reader(at: _Layout, h: _Header) -> str: # a key of `_READERS`
     "The first library that opens the file and sees in it what we see."
-    if at.rest or at.whole != h.n_claimed: return "bytes" # both libraries would cut or refuse
+    if h.issues or at.whole != h.n_claimed or at.size != at.header_bytes + at.whole * at.record_bytes: return "bytes" # both libraries would cut, warn or refuse
     ours = at.header_bytes, at.whole, [s.n for s in h.signals if not s.is_annotation]
     for name, seen in (("edfio", _seen_by_edfio), ("pyedflib", _seen_by_pyedflib)):
         try:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, ParseError
@@ -22,6 +23,7 @@ from xml.etree.ElementTree import Element, ParseError
 import numpy as np
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
+from numpy.typing import ArrayLike
 
 from .edf import read_edf
 from .recording import Hypnogram, Recording, Stage
@@ -72,35 +74,35 @@ MAX_EPOCHS = 10_000_000 # three years of 10-s epochs; a file that claims more is
 
 # %% ../../nbs/data/03_hypnograms.ipynb #c691faf8
 def infer_epoch_length(
-    durations: Sequence[float], # s, of the runs in their order in time
-    stages: Sequence[int] = (), # their stages, where known
+    durations: ArrayLike, # [n] s, of the runs in their order in time
+    stages: ArrayLike = (), # [n] their stages, where known
     path=None, # the file, for the message
 ) -> float: # s
     "The longest usual epoch, or the runs' greatest common divisor, that nine in ten runs are a multiple of. Raises `HypnogramError` where there is none."
     ms = np.rint(np.asarray(durations, float) / TICK).astype("int64")
     if len(ms) and (ms == ms[0]).all() and SHORTEST_EPOCH <= ms[0] * TICK <= LONGEST_EPOCH and (np.diff(stages) == 0).any(): return round(ms[0] * TICK, 3)
-    for some in ms[ms > 0], ms[1:-1][ms[1:-1] > 0]:
-        lengths = {*USUAL_EPOCHS, np.gcd.reduce(some) * TICK} if len(some) else set()
-        for length in sorted(lengths, reverse=True):
-            fits = np.mean(some % round(length / TICK) == 0) if length >= TICK else 0
-            if SHORTEST_EPOCH <= length <= AASM_EPOCH and fits >= .9: return round(length, 3)
+    parts = [part[part > 0] for part in (ms, ms[1:-1]) if (part > 0).any()]
+    lengths = sorted({*USUAL_EPOCHS, *(int(np.gcd.reduce(part)) * TICK for part in parts)}, reverse=True)
+    for least, part, length in product((10., 1., SHORTEST_EPOCH), parts, lengths):
+        if least <= length <= AASM_EPOCH and np.mean(part % round(length / TICK) == 0) >= .9: return round(length, 3)
     raise HypnogramError("the durations of the stages have no common epoch length", path, remedy="give the epoch length")
 
 # %% ../../nbs/data/03_hypnograms.ipynb #d0079503
 def _checked_runs(onsets, durations, stages, epoch_length, path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Begin, end and stage of every run that has a length, in order of time."
-    begin, length, stages = np.asarray(onsets, float), np.asarray(durations, float), np.asarray(stages)
+    "Begin, end and stage of every run that has a length, in order of time, each once."
+    begin, length, stages = np.asarray(onsets, float), np.asarray(durations, float), np.asarray(stages, float)
     if not begin.shape == length.shape == stages.shape: raise HypnogramError(f"{len(begin)} onsets, {len(length)} durations, {len(stages)} stages", path)
     for problem, bad in {"time that is no number": ~np.isfinite(begin + length), "negative duration": length < 0,
             "time out of all proportion": np.abs(begin) + np.abs(length) > MAX_EPOCHS * epoch_length}.items():
         if bad.any(): raise HypnogramError(f"a {problem}: a stage at {begin[bad][0]:g} s for {length[bad][0]:g} s", path, remedy="correct or remove this entry")
     if not (length > TICK).any(): raise HypnogramError("no stage lasts any time", path, remedy="the file may be truncated, or hold no sleep stages")
-    order = np.argsort(begin, kind="stable")
-    order = order[length[order] > TICK]
-    return begin[order], (begin + length)[order], stages[order]
+    rows = np.column_stack([begin, begin + length, stages])[length > TICK]
+    rows = rows[np.lexsort(rows.T[::-1])]
+    rows = rows[np.append(True, (np.diff(rows, axis=0) != 0).any(1))]
+    return rows[:, 0], rows[:, 1], rows[:, 2].astype("int8")
 
 # %% ../../nbs/data/03_hypnograms.ipynb #907bf1b1
-def _joined(begin, end, stages, path) -> list[list]:
+def _joined(begin: np.ndarray, end: np.ndarray, stages: np.ndarray, path) -> list[list]:
     "Runs [begin, end, stage] that don't overlap; neighbours of one stage are one run."
     runs: list[list] = []
     for b, e, s in zip(begin.tolist(), end.tolist(), stages.tolist(), strict=True):
@@ -122,9 +124,9 @@ def _grid_point(begin: np.ndarray, end: np.ndarray, epoch_length: float) -> floa
 
 # %% ../../nbs/data/03_hypnograms.ipynb #8e62e006
 def from_runs(
-    onsets: Sequence[float], # s after the recording's start, in any order
-    durations: Sequence[float], # s; a run without length covers nothing
-    stages: Sequence[int], # values of `Stage`
+    onsets: ArrayLike, # [n] s after the recording's start, in any order
+    durations: ArrayLike, # [n] s; a run without length covers nothing
+    stages: ArrayLike, # [n] values of `Stage`
     epoch_length: float | None = None, # s; None: see `infer_epoch_length`
     origin: datetime | None = None, # clock time of second 0, where the file has it
     path=None, # the file, for messages
@@ -132,20 +134,22 @@ def from_runs(
     """Runs of stages on a grid of epochs: the grid that most boundaries lie on.
 
     Raises `HypnogramError` where runs contradict each other, have no length, or times that are negative lengths, no numbers or absurd."""
-    begin, end, stages = _checked_runs(onsets, durations, stages, epoch_length or AASM_EPOCH, path)
-    if epoch_length is None: epoch_length = infer_epoch_length(end - begin, stages, path)
+    begin, end, stage = _checked_runs(onsets, durations, stages, epoch_length or AASM_EPOCH, path)
+    if epoch_length is None: epoch_length = infer_epoch_length(end - begin, stage, path)
     point = _grid_point(begin, end, epoch_length)
     slack = TICK / epoch_length
     zero = point + np.floor((begin.min() - point) / epoch_length + slack) * epoch_length
-    out = np.full(int(np.ceil((end.max() - zero) / epoch_length - slack)), int(Stage.UNSCORED), "int8")
-    for b, e, s in _joined(begin, end, stages, path):
-        first, stop = np.ceil((b - zero) / epoch_length - slack), np.floor((e - zero) / epoch_length + slack)
-        out[int(first):max(int(first), int(stop))] = s
+    n = int(np.ceil((end.max() - zero) / epoch_length - slack))
+    if n > MAX_EPOCHS: raise HypnogramError(f"{n} epochs of {epoch_length:g} s are out of all proportion", path, remedy="correct the epoch length or the times")
+    out = np.full(n, int(Stage.UNSCORED), "int8")
+    runs = np.array(_joined(begin, end, stage, path))
+    first, stop = np.ceil((runs[:, 0] - zero) / epoch_length - slack).astype(int), np.floor((runs[:, 1] - zero) / epoch_length + slack).astype(int)
+    for a, b, s in zip(first, np.maximum(first, stop), runs[:, 2], strict=True): out[a:b] = s
     onset = round(float(zero), 6)
     return Hypnogram(out, epoch_length, origin and origin + timedelta(seconds=onset), onset)
 
 # %% ../../nbs/data/03_hypnograms.ipynb #270b604b
-MAX_BYTES = 64 * 2**20 # the largest annotation files of the NSRR have 2 MB
+MAX_BYTES = 64 * 2**20 # the files that we have seen have less than 1 MB
 
 # %% ../../nbs/data/03_hypnograms.ipynb #6cccd853
 def _bytes(path: Path) -> bytes:
@@ -185,9 +189,9 @@ def _clock(text: str | None) -> datetime | None:
     "'17.07.96 23.37.06' as a time; None where the date is missing, blanked or impossible."
     match = re.fullmatch(r"(\d\d)[./-](\d\d)[./-](\d{4}|\d\d) (\d\d)[.:](\d\d)[.:](\d\d)(\.\d{1,6})?", (text or "").strip())
     if not match: return None
-    day, month, year, *clock = (int(x) for x in match.groups()[:6])
+    day, month, year, hour, minute, second = (int(x) for x in match.groups()[:6])
     if year < 100: year += 1900 if year >= 85 else 2000
-    try: when = datetime(year, month, day, *clock, int((match[7] or ".0")[1:].ljust(6, "0")))
+    try: when = datetime(year, month, day, hour, minute, second, int((match[7] or ".0")[1:].ljust(6, "0")))
     except ValueError: return None
     return None if (year, month, day) == BLANKED_DATE else when
 
@@ -272,8 +276,10 @@ def _read_edf_annotations(path: Path) -> Hypnogram:
     return replace(h, lights_off=_light(events, "o(ff|ut)", h.onset), lights_on=_light(events, "on", h.onset))
 
 # %% ../../nbs/data/03_hypnograms.ipynb #a95759aa
-COLUMNS = {"stage": ("stage", "stages", "sleep_stage", "sleepstage", "hypnogram", "hypno", "staging", "label", "class", "trial_type", "description"),
-    "onset": ("onset", "start", "begin"), "duration": ("duration", "length"), "stop": ("stop", "end"), "time": ("time",), "epoch": ("epoch", "epoch_number", "epoch_index")}
+COLUMNS = {"stage": ("stage", "stages", "sleep_stage", "sleep_stages", "sleepstage", "stage_label", "hypnogram", "hypno", "staging", "scoring", "score", "label", "class", "trial_type",
+        "description"),
+    "onset": ("onset", "start", "begin", "start_time", "begin_time"), "duration": ("duration", "length", "dur"), "stop": ("stop", "end", "stop_time", "end_time"),
+    "time": ("time", "seconds"), "epoch": ("epoch", "epoch_number", "epoch_index")}
 
 # %% ../../nbs/data/03_hypnograms.ipynb #c34abb12
 _SECONDS = r"([\s_]+(s|secs?|seconds)|[\s_]*[\(\[](s|secs?|seconds)[\)\]])$" # a unit behind a column's name
@@ -341,7 +347,7 @@ def _code(cell: str) -> str:
     try: return str(int(float(cell))) if float(cell).is_integer() else cell
     except (ValueError, OverflowError): return cell
 
-def _csv_stages(table: _Table, codes: Mapping[str, Stage], path) -> np.ndarray: # [rows] int8
+def _csv_stages(table: _Table, codes: dict[str, Stage], path) -> np.ndarray: # [rows] int8
     "Stages of the stage column, if it can be read in one way only."
     words = [_code(cell) for cell in table.columns["stage"]]
     numbers = {w for w in words if re.fullmatch(r"-?\d+", w)}
@@ -370,7 +376,7 @@ def _epoch_rows(table: _Table, stages: np.ndarray, path) -> Hypnogram:
     return from_runs(times, np.full(len(times), length), stages, _epoch_length(str(length), path), path=path)
 
 # %% ../../nbs/data/03_hypnograms.ipynb #149b4d5c
-def _read_csv(path: Path, codes: Mapping[str, Stage]) -> Hypnogram:
+def _read_csv(path: Path, codes: dict[str, Stage]) -> Hypnogram:
     "One of the three shapes, told by its columns."
     table = _table(path)
     has = set(table.columns)
@@ -389,7 +395,7 @@ def _read_csv(path: Path, codes: Mapping[str, Stage]) -> Hypnogram:
 
 # %% ../../nbs/data/03_hypnograms.ipynb #41ce3aaa
 FORMATS: dict[str, Callable[[Path], Hypnogram]] = {"nsrr": _read_psg_annotation, "physiomimi": _read_psg_annotation, "profusion": _read_profusion,
-    "edf": _read_edf_annotations} | {name: partial(_read_csv, codes=codes) for name, codes in CSV_CODES.items()}
+    "edf": _read_edf_annotations, **{name: partial(_read_csv, codes=codes) for name, codes in CSV_CODES.items()}}
 
 # %% ../../nbs/data/03_hypnograms.ipynb #d4242b10
 def detect_format(
@@ -399,7 +405,7 @@ def detect_format(
     try:
         with Path(path).open("rb") as f: head = f.read(256)
     except OSError as e: raise HypnogramError(f"can't be read: {e.strerror or e}", path, remedy="check path and permissions") from e
-    if head.startswith((b"0       ", b"\xffBIOSEMI")): return "edf"
+    if len(head) > 1 and any(magic.startswith(head[:8]) for magic in (b"0       ", b"\xffBIOSEMI")): return "edf" # also where the file ends within these bytes
     if not head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").startswith(b"<"): return "csv"
     root = _xml(Path(path)).tag.rpartition("}")[2]
     if root == "CMPStudyConfig": return "profusion"

@@ -49,14 +49,16 @@ def _positive(value) -> float:
     return value
 
 def _clean_range(value) -> tuple[float, float]:
-    low, high = map(float, value)
+    low, high = (float(v) + 0. for v in value) # -0.0 would be equal and have another hash
     if not (math.isfinite(low) and math.isfinite(high) and low < high): raise ValueError("the range must go from a lower to a higher number")
     return low, high
 
 # %% ../../nbs/data/05_signals.ipynb #3a5e42fb
 Band = tuple[float | None, float | None] # Hz, Hz: what is kept; None = open on that side
 
-def describe_band(band: Band) -> str:
+def describe_band(
+    band: Band, # as in a recipe
+) -> str: # such as 'band-pass 0.3-35 Hz'
     "What a pass band keeps, in words."
     low, high = band
     if low is None and high is None: return "no filter"
@@ -106,8 +108,10 @@ class Recipe:
     @property
     def hash(self) -> str:
         "A name for the contents. Fields at their default are left out, so that fields of a later version don't rename the recipes of this one."
-        return content_hash({k: v for k, v in self.to_dict().items() if k == "name" or v != _DEFAULTS[k]})
+        return content_hash(self._stated())
+    def _stated(self) -> dict: return {k: v for k, v in self.to_dict().items() if k == "name" or v != _DEFAULTS[k]}
     def __hash__(self): return hash(self.hash)
+    def __repr__(self): return f"Recipe({', '.join(f'{k}={v!r}' for k, v in self._stated().items())})"
     def __reduce__(self): return Recipe.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict:
@@ -152,7 +156,7 @@ def _inventory(channels: Sequence[Channel]) -> str:
 _MATCHES = (lambda c: c.name, lambda c: c.source_label, lambda c: c.kind.value) # what a request is compared with, the most exact first
 
 def select_channels(
-    recording: Recording,
+    recording: Recording, # as its reader made it
     requests: Sequence[str] | None, # canonical names, source labels or kinds, case ignored; None = every physiological channel
 ) -> list[Channel]: # in the order of the requests; of the recording where they are None
     "The channels that were asked for. Raises `ChannelError` where one isn't there, with a list of what is."
@@ -318,7 +322,7 @@ def _notes(ch: Channel, recipe: Recipe, band: Band | None, unit: str, interpolat
 # %% ../../nbs/data/05_signals.ipynb #a3400c38
 def process_channel(
     ch: Channel, # as the source has it
-    recipe: Recipe,
+    recipe: Recipe, # what to do
     duration: float, # s, of the recording
 ) -> tuple[Channel, list[ReadIssue]]: # the channel in memory, and what had to be dealt with
     "One channel through a recipe. Raises `SignalError` on samples that can't be used and `ChannelError` on units that can't be converted."
@@ -337,7 +341,7 @@ def process_channel(
         elif out[0] < out[1]:
             y[slice(*out)] = _filter_and_resample(piece, ch, recipe, band if lowest < math.inf else None, first, out)
             interpolated += replaced
-    if np.isnan(y).all(): raise SignalError("no part of it is long enough to filter and holds a valid value", remedy="leave the channel out")
+    if np.isnan(y).all(): raise SignalError("no part of it is long enough and holds a valid value", remedy="leave the channel out")
     notes = _notes(ch, recipe, band, unit, interpolated, lost, max(0., n / rate - ch.duration) if np.isnan(y[-1]) and not np.isnan(x[-1]) else 0.)
     kept = dict(reference=ch.reference, source_label=ch.source_label, resolution=ch.resolution and ch.resolution * factor)
     return array_channel(ch.name, y, rate, unit, ch.kind, **kept), notes
@@ -345,7 +349,7 @@ def process_channel(
 # %% ../../nbs/data/05_signals.ipynb #d567542e
 def apply_recipe(
     recording: Recording, # at its own rates and units
-    recipe: Recipe,
+    recipe: Recipe, # what to do
 ) -> Recording: # channels in memory, in the order of the requests; recipe name and hash in the provenance
     "The recording as the recipe wants it. Raises `ChannelError` and `SignalError`, naming recording, channel and remedy."
     channels, issues = {}, list(recording.issues)

@@ -28,7 +28,8 @@ def _nights(
     for night in nights:
         if night.ndim != 1: raise ConfigError(f"{name} has a night of shape {night.shape}", remedy="pass one stage per epoch; take the argmax of probabilities")
         if unknown := sorted(set(night.tolist()) - {-1, *SCORED_STAGES}, key=str):
-            raise ConfigError(f"{name} has the stage codes {unknown[:9]}", remedy="give stages as `Stage` numbers them (W=0, N1=1, N2=2, N3=3, REM=4, UNSCORED=-1), not words or probabilities")
+            raise ConfigError(f"{name} has the stage codes {unknown[:9]}",
+                remedy="give stages as `Stage` numbers them (W=0, N1=1, N2=2, N3=3, REM=4, UNSCORED=-1), not words or probabilities")
     return [night.astype("int64") for night in nights]
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1e10f236
@@ -127,8 +128,8 @@ def staging_metrics(
 ) -> pd.DataFrame: # one row per metric; columns pooled, night_median, night_q25, night_q75, ci_low, ci_high
     """Agreement of two scorings: over all epochs, over nights (median and quartiles), and its 95 % interval over subjects (percentile bootstrap).
 
-    A flat array is one night, or with `subjects` one night for each of them. What is undefined is NaN: see `confusion_metrics`; the interval with fewer than two
-    subjects. Raises `ConfigError` for unequal lengths, unknown codes and missing labels."""
+    A flat array is one night, or with `subjects` one night for each of them. What is undefined is NaN: see `confusion_metrics`, and the interval with fewer
+    than two subjects. Raises `ConfigError` for unequal lengths, unknown codes and missing labels."""
     nights, owner = _night_matrices(y_true, y_pred, subjects)
     counts = {"n_epochs": nights.sum((1, 2)), "n_abstained": nights[..., 5].sum(1)}
     pooled, each = confusion_metrics(nights.sum(0)), confusion_metrics(nights)

@@ -9,6 +9,7 @@ __all__ = ['STAGE_COLORS', 'STAGE_ORDER', 'plot_hypnogram', 'figure_png', 'plot_
 # %% ../../nbs/evaluation/02_plots.ipynb #2a9e0cef
 import io
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from ..data.recording import SCORED_STAGES, Hypnogram, Stage
 from ..errors import AlignmentError, ConfigError, SignalError
 
 # %% ../../nbs/evaluation/02_plots.ipynb #52897b31
-STAGE_COLORS = {Stage.W: "#E69F00", Stage.REM: "#CC3311", Stage.N1: "#9ED8F0", Stage.N2: "#3E8FC6", Stage.N3: "#12385E", Stage.UNSCORED: "#BBBBBB"} # colour-blind safe
+STAGE_COLORS = {Stage.W: "#E69F00", Stage.REM: "#CC3311", Stage.N1: "#9ED8F0", Stage.N2: "#3E8FC6", Stage.N3: "#12385E", Stage.UNSCORED: "#BBBBBB"}
 STAGE_ORDER = (Stage.W, Stage.REM, Stage.N1, Stage.N2, Stage.N3) # from the top of a hypnogram to its bottom
 
 # %% ../../nbs/evaluation/02_plots.ipynb #79406256
@@ -81,7 +82,8 @@ def _draw_stages(ax: Axes, hypnogram: Hypnogram, below: float = 0) -> None:
             for a, b in spans: ax.fill_between(edges[[a, b]], -4.5 - below, .5 - below, color=STAGE_COLORS[stage], alpha=.5, linewidth=0)
         elif spans:
             first, stop = np.transpose(spans)
-            ax.hlines([level[stage]] * len(spans), edges[first], edges[stop], colors=STAGE_COLORS[stage], linewidth=6 if stage == Stage.REM else 3.5, capstyle="butt", zorder=3)
+            width = 6 if stage == Stage.REM else 3.5
+            ax.hlines([level[stage]] * len(spans), edges[first], edges[stop], colors=STAGE_COLORS[stage], linewidth=width, capstyle="butt", zorder=3)
     shifts = [b for _, b in runs[:-1] if (hypnogram.stages[b - 1:b + 1] >= 0).all()]
     if shifts:
         before, after = ([level[Stage(s)] for s in hypnogram.stages[np.array(shifts) - k]] for k in (1, 0))
@@ -120,7 +122,8 @@ def plot_hypnodensity(
     p = hypnogram.probabilities
     if p is None: raise ConfigError("this hypnogram has no probabilities", remedy="only a model gives them; draw it with plot_hypnogram")
     known = ~np.isnan(p).any(1)
-    if (p[known] < 0).any() or not np.allclose(p[known].sum(1), 1, atol=1e-2): raise ConfigError("the values are not probabilities", remedy="apply a softmax to logits")
+    if (p[known] < 0).any() or not np.allclose(p[known].sum(1), 1, atol=1e-2):
+        raise ConfigError("the values are not probabilities", remedy="apply a softmax to logits")
     ax, edges, bottom = _axes(ax), _edges(hypnogram), np.zeros(len(p))
     ax.set_facecolor(STAGE_COLORS[Stage.UNSCORED])
     for stage in reversed(STAGE_ORDER):
@@ -171,8 +174,8 @@ def plot_confusion(
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(matrix):
-        shade = image.cmap(image.norm(share[i, j]))
-        ax.text(j, i, f"{share[i, j]:.0%}\n{n}" if total[i, 0] else "-", ha="center", va="center", fontsize="small", color=max(("black", "white"), key=lambda c: _contrast(c, shade)))
+        color = max(("black", "white"), key=partial(_contrast, image.cmap(image.norm(share[i, j]))))
+        ax.text(j, i, f"{share[i, j]:.0%}\n{n}" if total[i, 0] else "-", ha="center", va="center", fontsize="small", color=color)
     names = [s.name for s in SCORED_STAGES]
     ax.set_xticks(range(matrix.shape[1]), [*names, "abstained"][:matrix.shape[1]])
     ax.set_yticks(range(5), names)

@@ -34,19 +34,22 @@ _STYLE = """
 :root { --ink: #1b1f24; --soft: #57606a; --line: #c9ced6; --page: #fff; --band: #f4f6f8; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a5adb8; --line: #444c56; --page: #16191d; --band: #1f242a; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 54rem; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 60rem; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 h1 { margin: 0 0 .25rem; font-size: 1.7rem; line-height: 1.2; }
 h2 { margin: 2rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); font-size: 1.2rem; break-after: avoid; }
-p, pre { margin: .5rem 0; overflow-wrap: anywhere; }
+p, pre { margin: .5rem 0; max-width: 48rem; overflow-wrap: anywhere; }
 pre { padding: .6rem .8rem; background: var(--band); font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
-.notice { color: var(--soft); }
+.notice { max-width: none; color: var(--soft); }
 figure { margin: 1rem 0; break-inside: avoid; }
 figcaption, caption { color: var(--soft); font-size: .9rem; text-align: left; }
 caption { padding-bottom: .3rem; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 2rem); }
 figure { overflow-x: auto; }
 img { display: block; width: var(--width); max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-@media screen and (max-width: 40rem) { img { min-width: min(var(--width), 36rem); } }
-.table { display: inline-block; max-width: 100%; margin: .6rem 1.5rem .6rem 0; overflow-x: auto; vertical-align: top; break-inside: avoid; }
+@media screen and (max-width: 40rem) { img.wide { min-width: 36rem; } }
+.table { display: inline-block; max-width: 100%; margin: .6rem 0; padding-right: 1.5rem; overflow-x: auto; vertical-align: top; break-inside: avoid; }
+.long { display: block; break-inside: auto; }
+tr, pre { break-inside: avoid; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem .35rem; border: 0 solid var(--line); border-bottom-width: 1px; text-align: left; vertical-align: top; }
 thead th { border-bottom-width: 2px; }
@@ -56,7 +59,13 @@ footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 2px solid var(--lin
 footer dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .5rem 0; }
 footer dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
 @page { margin: 15mm; }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } .table { overflow: visible; } }
+@media print {
+  html { font-size: 8.5pt; }
+  body { max-width: none; padding: 0; }
+  th, td { padding-top: .12rem; padding-bottom: .12rem; }
+  .table, figure { overflow: visible; }
+  h2:has(+ .long) { break-before: page; }
+}
 """
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -87,8 +96,8 @@ def _table(frame: pd.DataFrame, caption: str) -> str:
         html = frame.to_html(border=0, na_rep="n/a", float_format=lambda x: f"{x:.0f}" if x.is_integer() else f"{x:.3f}", index_names=False, justify="left")
     html = re.sub(r"<td>([-+]?[\d.,]+ ?%?|n/a)</td>", r'<td class="number">\1</td>', html)
     html = re.sub(r"(\[-?[\d.]+), (-?[\d.]+\])", r"\1,&nbsp;\2", html) # an interval stays on one line
-    html = html.replace("<thead>", f"<caption>{escape(caption)}</caption>\n<thead>", 1)
-    return f'<div class="table" tabindex="0" role="region" aria-label="{escape(caption)}">{html}</div>'
+    html = html.replace("<thead>", f"<caption><span>{escape(caption)}</span></caption>\n<thead>", 1)
+    return f'<div class="table{" long" * (len(frame) > 24)}" tabindex="0" role="region" aria-label="{escape(caption)}">{html}</div>'
 
 # %% ../../nbs/evaluation/03_report.ipynb #88950b54
 @dataclass
@@ -120,8 +129,9 @@ class Report:
     ) -> "Report":
         "A figure. Raises `ConfigError` without `alt`."
         if not alt.strip(): raise ConfigError("a figure without alternative text", remedy="describe what it shows for those who can't see it")
-        data, width = base64.b64encode(figure_png(figure, dpi=150)).decode(), 96 * figure.get_figwidth()
-        return self._add(f'<figure tabindex="0"><img alt="{escape(alt)}" style="--width: {width:.0f}px" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>')
+        data, width = base64.b64encode(figure_png(figure, dpi=150)).decode(), 96 * figure.get_figwidth() # CSS pixels
+        img = f'<img class="{"wide" if width > 600 else "narrow"}" alt="{escape(alt)}" style="--width: {width:.0f}px" src="data:image/png;base64,{data}">'
+        return self._add(f'<figure tabindex="0">{img}<figcaption>{escape(caption)}</figcaption></figure>')
     def html(self) -> str:
         "The whole page."
         facts = {"pftsleep": pftsleep.__version__, **self.provenance}
@@ -146,14 +156,15 @@ class Report:
 def _draw_channel(ax: Axes, recording: Recording | None, name: str, hypnogram: Hypnogram) -> None:
     "The spectrogram of a channel on the time axis of the hypnogram."
     if recording is None: raise ConfigError("a spectrogram needs the recording", channel=name, remedy="pass `recording`")
-    if hypnogram.start and not recording.start: raise ConfigError("the hypnogram has a clock time and the recording none", path=recording.id, remedy="align the two first")
+    if hypnogram.start and not recording.start:
+        raise ConfigError("the hypnogram has a clock time and the recording none", path=recording.id, remedy="align the two first")
     channel, start = recording[name], recording.start if hypnogram.start and recording.start else 0.
     plot_spectrogram(channel.samples(), channel.fs, ax, start, channel.unit or "unit").set_title(f"{name}: power", fontsize="medium", loc="left")
 
 def _night_figure(hypnogram: Hypnogram, recording: Recording | None, spectrogram: str | None) -> Figure:
     "Spectrogram, hypnodensity and hypnogram on one time axis, as far as they are there."
     n = 1 + (spectrogram is not None) + (hypnogram.probabilities is not None)
-    figure = Figure(figsize=(8, .4 + 1.9 * n), layout="constrained")
+    figure = Figure(figsize=(9, .4 + 1.7 * n), layout="constrained")
     axes = figure.subplots(n, sharex=True, squeeze=False)[:, 0]
     if spectrogram is not None: _draw_channel(axes[0], recording, spectrogram, hypnogram)
     if hypnogram.probabilities is not None: plot_hypnodensity(hypnogram, axes[-2]).set_title("Hypnodensity", fontsize="medium", loc="left")
@@ -170,8 +181,8 @@ def _clock(hypnogram: Hypnogram, seconds: float) -> str:
 def _stage_table(stats: dict) -> pd.DataFrame:
     "Minutes, share and latency of each stage, as text."
     text = lambda v: "n/a" if v != v else f"{v:.1f}"
-    return pd.DataFrame({n: {"min": text(stats[f"{n.lower()}_min"]), "% of sleep": text(stats[f"{n.lower()}_percent"]), "latency, min": text(stats[f"{n.lower()}_latency_min"])}
-        for n in ("N1", "N2", "N3", "REM")}).T
+    columns = {"min": "min", "% of sleep": "percent", "latency, min": "latency_min"}
+    return pd.DataFrame({title: {n: text(stats[f"{n.lower()}_{key}"]) for n in ("N1", "N2", "N3", "REM")} for title, key in columns.items()})
 
 def _channel_table(recording: Recording) -> pd.DataFrame:
     "What was recorded, as text."
@@ -192,12 +203,14 @@ def night_report(
     "The report of one night. Raises `ConfigError` and `ChannelError` for a spectrogram that can't be drawn, and what `sleep_statistics` raises."
     stats = sleep_statistics(hypnogram, lights_off, lights_on)
     report = Report(f"Sleep report{f': {recording.id}' if recording else ''}", provenance or {})
-    when = f"Night of {hypnogram.start:%Y-%m-%d}. " if hypnogram.start else ""
+    begins = f"The hypnogram begins on {hypnogram.start:%Y-%m-%d at %H:%M:%S}. " if hypnogram.start else ""
+    scored = f"Scored by {hypnogram.scorer or 'an unnamed scorer'} in {len(hypnogram)} epochs of {hypnogram.epoch_length:g} s."
     lights = [f"{_clock(hypnogram, float(stats[f'lights_{x}_s']))} ({stats[f'lights_{x}_source']})" for x in ("off", "on")]
-    report.text(f"{when}Scored by {hypnogram.scorer or 'an unnamed scorer'} in {len(hypnogram)} epochs of {hypnogram.epoch_length:g} s. Lights off {lights[0]}, on {lights[1]}.")
+    report.text(f"{begins}{scored} Lights off {lights[0]}, on {lights[1]}.")
     table, whole = statistics_table(stats), [not re.match(r"lights|n\d|rem", s.key) for s in STATISTICS]
     report.figure(_night_figure(hypnogram, recording, spectrogram), "Stages over the night; grey is unscored.", _in_words(hypnogram, stats))
-    report.table(table[whole][["value", "unit"]].rename(columns={"value": "", "unit": " "}), "Sleep").table(_stage_table(stats), "Stages; latency from lights off, of REM from sleep onset")
+    report.table(table[whole][["value", "unit"]].rename(columns={"value": "", "unit": " "}), "Sleep")
+    report.table(_stage_table(stats), "Stages; latency from lights off, of REM from sleep onset")
     if alignment is not None: report.heading("Signal and stages").listing(str(alignment))
     if recording is not None:
         report.heading("Recording").table(_channel_table(recording), f"{len(recording.channels)} channels")

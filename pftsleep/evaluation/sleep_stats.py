@@ -28,8 +28,7 @@ class Statistic:
     source: str # who defined it so
 
 # %% ../../nbs/evaluation/01_sleep_stats.ipynb #c9dc461a
-_AASM = "AASM Manual 2.6, parameters to be reported"
-_OURS = "pftsleep"
+_AASM, _YASA, _OURS = "AASM Manual 2.6", "YASA (Vallat and Walker 2021)", "pftsleep"
 _STAGES = {"N1": Stage.N1, "N2": Stage.N2, "N3": Stage.N3, "REM": Stage.REM}
 
 # %% ../../nbs/evaluation/01_sleep_stats.ipynb #792d99b7
@@ -44,12 +43,12 @@ STATISTICS = (
     Statistic("unscored_min", "Unscored", "min", "time between lights off and on without a score; of the whole hypnogram where there are no lights", _OURS),
     Statistic("sleep_efficiency_percent", "Sleep efficiency", "%", "total sleep time / time in bed", _AASM),
     Statistic("sol_min", "Sleep onset latency", "min", "lights off to the first epoch of any sleep", _AASM),
-    Statistic("unscored_before_sleep_min", "Unscored before sleep onset", "min", "unscored time inside the sleep onset latency, where sleep may have begun unseen", _OURS),
-    *(Statistic(f"{n.lower()}_latency_min", f"{n} latency", "min", f"lights off to the first epoch of {n}", "YASA (Vallat and Walker 2021)") for n in ("N1", "N2", "N3")),
+    Statistic("unscored_before_sleep_min", "Unscored before sleep onset", "min", "unscored time within the latency: sleep may have begun there", _OURS),
+    *(Statistic(f"{n.lower()}_latency_min", f"{n} latency", "min", f"lights off to the first epoch of {n}", _YASA) for n in ("N1", "N2", "N3")),
     Statistic("rem_latency_min", "REM latency", "min", "sleep onset to the first epoch of REM", _AASM),
     Statistic("waso_min", "Wake after sleep onset", "min", "time scored W between sleep onset and lights on, final wake included", _AASM),
-    Statistic("spt_min", "Sleep period time", "min", "sleep onset to the end of the last epoch of sleep", "YASA (Vallat and Walker 2021)"),
-    Statistic("waso_spt_min", "Wake within the sleep period", "min", "time scored W within the sleep period, final wake excluded", "YASA (Vallat and Walker 2021), there called WASO"),
+    Statistic("spt_min", "Sleep period time", "min", "sleep onset to the end of the last epoch of sleep", _YASA),
+    Statistic("waso_spt_min", "Wake within the sleep period", "min", "time scored W within the sleep period, final wake excluded", f"{_YASA}, there WASO"),
     Statistic("awakenings", "Awakenings", "count", "times that W follows sleep, the final awakening included; unscored epochs between are skipped", _OURS),
     Statistic("stage_shifts", "Stage shifts", "count", "changes of stage between successive scored epochs, wake included", _OURS),
     *(Statistic(f"{n.lower()}_min", f"Time in {n}", "min", f"time scored {n} between lights off and on", _AASM) for n in _STAGES),
@@ -60,10 +59,11 @@ STATISTICS = (
 def _seconds(value: float | datetime, hypnogram: Hypnogram, name: str) -> float:
     "A time of the lights in seconds after the start of the first epoch."
     if isinstance(value, datetime):
-        if hypnogram.start is None: raise ConfigError(f"{name} is a clock time, but the hypnogram has none", remedy="give seconds after the first epoch's start")
+        if hypnogram.start is None: raise ConfigError(f"{name} is a clock time, but the hypnogram has none", remedy="give seconds")
         if value.tzinfo is not None: raise ConfigError(f"{name} has a time zone, the hypnogram's clock has none", remedy="give naive local time")
         value = (value - hypnogram.start).total_seconds()
-    if not isinstance(value, Real) or not math.isfinite(value): raise ConfigError(f"{name} is {value!r}", remedy="give seconds after the first epoch's start, or a datetime")
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r}", remedy="give seconds after the first epoch's start, or a datetime")
     return float(value)
 
 def _lights(hypnogram: Hypnogram, argument: float | datetime | None, name: str) -> tuple[float, str]: # s or NaN, source
@@ -90,7 +90,8 @@ def _latencies(stages: np.ndarray, begin: np.ndarray, minutes: np.ndarray, off: 
     def first(found: np.ndarray, since: float) -> float: return (begin[found][0] - since) / 60 if found.any() else math.nan
     asleep, awake = stages > 0, stages == Stage.W
     out = {"sol_min": first(asleep, off), **{f"{n.lower()}_latency_min": first(stages == s, off) for n, s in _STAGES.items()}}
-    if not asleep.any(): return out | dict.fromkeys(("rem_latency_min", "unscored_before_sleep_min", "waso_min", "spt_min", "waso_spt_min", "awakenings"), math.nan)
+    if not asleep.any():
+        return out | dict.fromkeys(("rem_latency_min", "unscored_before_sleep_min", "waso_min", "spt_min", "waso_spt_min", "awakenings"), math.nan)
     onset, last = np.flatnonzero(asleep)[[0, -1]]
     period, after, scored = slice(onset, last + 1), slice(onset, None), asleep[stages >= 0]
     return out | {"rem_latency_min": first(stages == Stage.REM, begin[onset]),
@@ -111,7 +112,7 @@ def sleep_statistics(
     (off, off_source), (on, on_source) = _lights(hypnogram, lights_off, "lights_off"), _lights(hypnogram, lights_on, "lights_on")
     if on <= off: raise ConfigError(f"lights on at {on:g} s ({on_source}) is not after lights off at {off:g} s ({off_source})", remedy="pass both")
     if "argument" in (off_source, on_source) and (off >= hypnogram.duration or on <= 0):
-        raise ConfigError(f"lights off at {off:g} s and on at {on:g} s miss the hypnogram of {hypnogram.duration:g} s", remedy="check the date and the unit, seconds")
+        raise ConfigError(f"lights off at {off:g} s and on at {on:g} s miss the hypnogram of {hypnogram.duration:g} s", remedy="check date and unit (s)")
     stages, begin, minutes = _between(hypnogram, off, on)
     nothing = not (stages >= 0).any()
     spent = {name: math.nan if nothing else minutes[stages == s].sum() for name, s in {"wake": Stage.W, **_STAGES}.items()}
@@ -131,5 +132,6 @@ def statistics_table(
     def text(v) -> str:
         if isinstance(v, str | int): return str(v)
         return "n/a" if math.isnan(v) else f"{v:z.1f}"
-    rows = [{"statistic": s.name, "value": text(stats[s.key]), "unit": "" if s.unit == "count" else s.unit, "definition": s.definition, "source": s.source} for s in STATISTICS]
-    return pd.DataFrame(rows).set_index("statistic")
+    table = pd.DataFrame(STATISTICS).set_index("name").rename_axis("statistic").replace({"unit": {"count": ""}})
+    table.insert(0, "value", [text(stats[key]) for key in table.key])
+    return table.drop(columns="key")

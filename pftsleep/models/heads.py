@@ -83,9 +83,9 @@ class LinearProbe(Pretrained):
         return cls(ProbeConfig(c.channels, c.d_model, c.seconds_per_token, n_classes, seconds_per_epoch), encoder.recipe)
 
     def forward(self, tokens: Tokens) -> Tensor: # [B,E,K] logits
-        "Logits per epoch; those of padded epochs mean nothing (`epoch_features` says which they are)."
+        "Logits per epoch; those of padded epochs mean nothing (`epoch_features` says which they are). Tokens of `epoch_tokens`, one per epoch, give the same logits."
         c, (values, pad, _) = self.config, epoch_tokens(tokens, self.config.seconds_per_epoch)
-        if values.shape[1] != len(c.channels) or values.shape[3] != c.d_model or tokens.seconds_per_token != c.seconds_per_token:
+        if values.shape[1] != len(c.channels) or values.shape[3] != c.d_model or tokens.seconds_per_token not in (c.seconds_per_token, c.seconds_per_epoch):
             raise ModelError(f"tokens {tuple(tokens.values.shape)} of {tokens.seconds_per_token:g} s", remedy=f"made for {len(c.channels)} channels, {c.d_model} wide, {c.seconds_per_token:g} s")
         x = torch.stack([norm(v, p) for norm, v, p in zip(self.norms, values.unbind(1), pad.unbind(1), strict=True)], 1)
         return self.linear(x.masked_fill(pad[..., None], 0).transpose(1, 2).flatten(2))

@@ -107,10 +107,11 @@ class ChannelLinear(nn.Module):
 
 # %% ../../nbs/models/00_transformer.ipynb #a3e3348d
 class ConvEmbedding(nn.Module):
-    "Filters of each channel's own slide over a patch; what they answer is rectified and averaged over the patch."
-    def __init__(self, n_channels: int, d_model: int, kernel: int, stride: int, n_filters: int = 32):
+    "Filters of half a second, each channel's own, slide over a patch; what they answer is rectified and averaged over the patch."
+    def __init__(self, n_channels: int, patch: int, rate: float, d_model: int):
         super().__init__()
-        self.filters = nn.Conv1d(n_channels, n_channels * n_filters, kernel, stride, groups=n_channels)
+        kernel, n_filters = min(patch, max(1, round(rate / 2))), 32
+        self.filters = nn.Conv1d(n_channels, n_channels * n_filters, kernel, stride=max(1, round(rate / 10)), groups=n_channels)
         self.mix = ChannelLinear(n_channels, n_filters, d_model)
     def forward(self, patches: Tensor) -> Tensor: # [B,C,N,P] -> [B,C,N,D]
         b, c, n, _ = patches.shape
@@ -263,7 +264,7 @@ class PatchTransformer(Pretrained):
         c, n = config, len(config.channels)
         self.instance_norm = InstanceNorm(n) if c.instance_norm else None
         self.embedding = (nn.Linear(c.patch, c.d_model) if c.embedding == "shared" else ChannelLinear(n, c.patch, c.d_model) if c.embedding == "per_channel"
-            else ConvEmbedding(n, c.d_model, kernel=max(1, round(c.rate / 4)), stride=max(1, round(c.rate / 25))))
+            else ConvEmbedding(n, c.patch, c.rate, c.d_model))
         self.positions = nn.Parameter(torch.empty(c.max_patches, c.d_model).uniform_(-.02, .02)) if c.position == "learned" and c.max_patches else None
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
