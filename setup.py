@@ -1,5 +1,6 @@
 """Reads everything from settings.ini, which nbdev owns."""
 from configparser import ConfigParser
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -13,7 +14,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=open("README.md", encoding="utf8").read(),
+    long_description=Path("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     url=f"https://github.com/{cfg['user']}/{cfg['repo']}",
     project_urls={"Documentation": f"https://{cfg['user']}.github.io/{cfg['repo']}"},

@@ -4,6 +4,7 @@ nbdev's own `show_doc` is not used, since in the version pinned here it shows pa
 fields of dataclasses, and gives the comment of `**kwargs` to the return value.
 """
 import ast
+import dataclasses
 import enum
 import importlib
 import inspect
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from io import StringIO
 from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 from fastcore.docments import docments
 from processed import ROOT, Chapter
@@ -65,6 +67,7 @@ class Api:
     def _class(self, cls: type, module: str, name: str) -> str:
         if issubclass(cls, enum.Enum): head, table = "", self._members(cls)
         else: head, table = _signature(cls), self._table(_parameters(cls))
+        if len(head) > 120: head = "(...)" # the table says it all
         body = [self.link(_own_doc(cls)), table, *self._methods(cls, module, name), self._source(cls)]
         return _directive("class", name + head, module, body, 6)
 
@@ -166,17 +169,26 @@ def _type(annotation) -> str:
 def _parameters(obj) -> list[dict]:
     "Name, type, default and comment of each parameter of a function, or field of a dataclass."
     if inspect.isclass(obj) and "__init__" not in vars(obj): return [] # an inherited constructor is described where it is defined
-    try: comments, sig = docments(obj), inspect.signature(obj)
+    try: comments, sig = all_comments(obj), inspect.signature(obj)
     except (ValueError, TypeError): return []
     stars = _star_comments(obj.__init__ if inspect.isclass(obj) else obj)
     out = []
     for p in sig.parameters.values():
         if p.name in ("self", "cls"): continue
         star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        own = p.annotation if inspect.isclass(p.annotation) and p.annotation.__module__.startswith("pftsleep.") else None
+        own = next((t for t in (p.annotation, *get_args(p.annotation)) if inspect.isclass(t) and t.__module__.startswith("pftsleep.")), None)
         out.append(dict(name=star + p.name, type=_type(p.annotation), annotation=own, default="" if p.default is p.empty else _default(p.default),
             meaning=stars.get(star, "") if star else comments.get(p.name) or ""))
     return out
+
+
+def all_comments(obj) -> dict[str, str | None]:
+    "Comments on parameters; those on a dataclass's inherited fields stand in the classes that it inherits from."
+    if not dataclasses.is_dataclass(obj): return docments(obj)
+    found: dict[str, str | None] = {}
+    for base in reversed(obj.__mro__):
+        if dataclasses.is_dataclass(base): found |= {name: text for name, text in docments(base).items() if text}
+    return found
 
 
 def _star_comments(fn) -> dict[str, str]: # '*' or '**' -> comment

@@ -59,7 +59,7 @@ def relative_links(source: str, chapter: Chapter, pages: dict[str, str]) -> str:
     def link(m: re.Match) -> str:
         path = os.path.normpath(here / m[1])
         if path not in pages: raise SystemExit(f"nbs/{chapter.path} links to {m[1]}, which is no notebook")
-        return f"]({os.path.relpath(pages[path] + '.ipynb', here)}{m[2] or ''})"
+        return f"]({os.path.relpath(pages[path] + '.ipynb', here)}{m[2] or ''}"
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s#]+\.ipynb)(#[^)\s]*)?", link, source)
 
 
@@ -141,7 +141,7 @@ def write_sources(target: Path) -> list[Chapter]:
             (target / wing / "index.md").write_text(wing_page(wing, own))
     for picture in [p for p in NBS.rglob("*") if p.suffix in {".png", ".svg", ".jpg"}]:
         shutil.copy2(picture, target / picture.relative_to(NBS))
-    for name in ["conf.py", "_static", "_templates", "glossary.md"]:
+    for name in ["conf.py", "_static", "glossary.md"]:
         source = DOCS / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, target / name)
     (target / "reference.md").write_text(api.reference())

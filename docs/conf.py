@@ -34,7 +34,6 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_logo = "_static/logo.svg"
 html_favicon = "_static/logo.svg"
-templates_path = ["_templates"]
 html_context = {"default_mode": "auto"} # the theme logs an error without it
 html_copy_source = False
 html_show_sourcelink = False

@@ -178,7 +178,9 @@ def test_real_files_survive_writing(path, tmp_path):
         if c.n_samples: np.testing.assert_allclose(b[name].samples(), c.samples(), atol=b[name].resolution * .51)
         if c.n_samples: assert b[name].resolution <= c.resolution * 1.01
     raw = (tmp_path / "b.edf").read_bytes()
-    assert raw[8:168] == b"X X X X".ljust(80) + b"Startdate X X X X".ljust(80)
+    assert raw[8:88] == b"X X X X".ljust(80)
+    assert raw[88:168].decode().split() == ["Startdate", f"{r.start:%d-%b-%Y}".upper() if r.start else "X", "X", "X", "X"]
+    if r.start: assert edfio.read_edf(tmp_path / "b.edf").startdate == r.start.date() # other readers need the date here
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------------------
@@ -387,7 +389,7 @@ OTHERS = {"EEG": ["EEG", "EEG(sec)", "EEG 2", "C3", "C4-A1", "C3_M2", "F3-M2", "
     "EOG": ["EOG(L)", "EOG(R)", "E1", "E2-M1", "E1-M2", "LOC", "ROC", "LOC-A2", "EOG horizontal"], "ECG": ["ECG", "ECG (L-R)", "ECG L", "ECG II", "ecg"],
     "EMG": ["EMG", "chin", "cchin_l", "EMG (L-R)", "L Chin", "Chin1-Chin2", "EMG submental", "Leg L", "lleg", "rleg", "EMG RAT"],
     "RESP": ["THOR RES", "ABDO RES", "Thoracic", "Chest", "ABD", "Abdominal", "AIRFLOW", "NEW AIR", "Cannula Flow", "nas_pres", "nasalflow", "Resp oro-nasal", "NASAL PRES"],
-    "SPO2": ["SaO2", "spo2", "SAO2", "O2 Sat"], "HR": ["H.R.", "HR", "Heart Rate", "Pulse", "PR"], "TEMP": ["Temp rectal", "Body Temp".replace("Body ", "")], "POSITION": ["POSITION", "Body Position", "body_pos"],
+    "SPO2": ["SaO2", "spo2", "SAO2", "O2 Sat"], "HR": ["H.R.", "HR", "Heart Rate", "Pulse", "PR"], "TEMP": ["Temp rectal", "Body Temp"], "POSITION": ["POSITION", "Body Position", "body_pos"],
     "LIGHT": ["LIGHT"], "CPAP": ["CPAP Flow", "PAP Pres"], "EVENT": ["Event marker", "Status", "Marker"], "OTHER": ["OX stat", "AUX", "Chinstrap", "Overflow", "Impulse", "Pulse Wave", "Legend", "STAT", "X1", ""]}
 NAMED = [(label, kind) for kind, labels in MESA.items() for label in labels.split()] + [(label, kind) for kind, labels in OTHERS.items() for label in labels]
 
@@ -607,7 +609,7 @@ def test_not_a_number_is_refused(tmp_path, value):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     c = array_channel("C3", np.zeros(100), 100, "uV")
-    for bad, error in [(replace(c, name="a name of more than sixteen"), ChannelError), (replace(c, unit="furlongs/fortnight"), ChannelError), (array_channel("C3", np.array([0, 1e15]), 100, "uV"), SignalError)]:
+    for bad, error in [(replace(c, name="a name of more than sixteen"), ChannelError), (replace(c, unit="furlongs/fortnight"), ChannelError), (replace(c, name="EDF Annotations"), ChannelError), (array_channel("C3", np.array([0, 1e15]), 100, "uV"), SignalError)]:
         with pytest.raises(error, match="->"): write_edf(Recording("r", {"C3": bad}), tmp_path / "r.edf")
     with pytest.raises(EDFError, match="no record duration suits"): write_edf(Recording("r", {"a": c, "b": replace(c, name="b", fs=float(np.pi))}), tmp_path / "r.edf")
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import pytest
 from fastcore.docments import docments
@@ -166,8 +167,10 @@ def _public() -> list[tuple[str, str, object]]: # module, name, object
 def _undocumented(obj) -> list[str]:
     """Parameters without a comment. A parameter whose type is a class of ours needs none, since the site then shows what that class is;
     `*args` and `**kwargs` are left out because docments takes their comments for others'."""
-    comments, parameters = docments(obj), inspect.signature(obj).parameters.values()
-    ours = lambda p: inspect.isclass(p.annotation) and p.annotation.__module__.startswith("pftsleep.")
+    bases = [base for base in reversed(getattr(obj, "__mro__", [])) if dataclasses.is_dataclass(base)] # each has the comments on its own fields
+    comments = {name: text for base in (bases or [obj]) for name, text in docments(base).items() if text}
+    parameters = inspect.signature(obj).parameters.values()
+    ours = lambda p: any(inspect.isclass(t) and t.__module__.startswith("pftsleep.") for t in (p.annotation, *get_args(p.annotation)))
     return [p.name for p in parameters if p.name not in ("self", "cls") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and not comments.get(p.name) and not ours(p)]
 
 

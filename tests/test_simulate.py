@@ -36,10 +36,12 @@ def hypnogram(hours=8., seed=0, epoch_length=30.): return simulate_hypnogram(hou
 
 def epochs(x, fs, seconds): return x[:len(x) // round(seconds * fs) * round(seconds * fs)].reshape(-1, round(seconds * fs))
 
-def band(x, fs, low, high, seconds=30., window=4):
-    "Power of a band in each epoch, in squared units."
+def bands(x, fs, *edges, seconds=30., window=4):
+    "Power of each band in each epoch, in squared units: [n_epochs, n_bands]."
     f, p = welch(epochs(x, fs, seconds), fs, nperseg=int(window * fs))
-    return p[:, (f >= low) & (f < high)].sum(1) * (f[1] - f[0])
+    return np.stack([p[:, (f >= low) & (f < high)].sum(1) * (f[1] - f[0]) for low, high in edges], 1)
+
+def band(x, fs, low, high, **kwargs): return bands(x, fs, (low, high), **kwargs)[:, 0]
 
 
 # ---------------------------------------------------------------- hypnograms
@@ -224,16 +226,17 @@ def test_events_are_in_sleep(night):
 # ---------------------------------------------------------------- how hard it is
 
 def features(rec):
-    bands = ((.5, 2), (2, 4), (4, 8), (8, 11), (11, 16), (16, 30))
-    eeg = [np.log(band(rec[c].samples(), rec[c].fs, *b)) for c in ("EEG", "EOG(L)") for b in bands[:6 if c == "EEG" else 5]]
-    return np.stack([*eeg, np.log(epochs(rec["EMG"].samples(), rec["EMG"].fs, 30).std(1))], 1)
+    edges = ((.5, 2), (2, 4), (4, 8), (8, 11), (11, 16), (16, 30))
+    powers = [bands(rec[c].samples(), rec[c].fs, *edges[:n]) for c, n in (("EEG", 6), ("EOG(L)", 5))]
+    return np.log(np.concatenate([*powers, epochs(rec["EMG"].samples(), rec["EMG"].fs, 30).std(1, keepdims=True)], 1))
 
 def across_people(x, y, folds=4):
     "Predictions for people that the classifier has not seen."
     truth, guess = [], []
     for k in range(folds):
         train, test = ([i for i in range(len(x)) if (i % folds == k) == side] for side in (False, True))
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=400)).fit(np.concatenate([x[i] for i in train]), np.concatenate([y[i] for i in train]))
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=400))
+        model.fit(np.concatenate([x[i] for i in train]), np.concatenate([y[i] for i in train]))
         truth += [y[i] for i in test]; guess += [model.predict(x[i]) for i in test]
     return np.concatenate(truth), np.concatenate(guess)
 
@@ -270,8 +273,10 @@ def test_presets(name):
         assert c.n_samples == round(rec.duration * c.fs) and np.isfinite(c.samples()).all()
         assert c.kind == "LIGHT" or c.samples().std() > 0 or c.kind == "POSITION"
 
-@given(st.lists(st.tuples(st.sampled_from(["EEG", "EOG", "EMG", "ECG", "RESP", "SPO2", "HR", "TEMP", "POSITION", "LIGHT"]), st.sampled_from([.5, 1., 7.3, 10., 12.8, 50., 64., 99.9, 125., 128., 200., 256., 512.])),
-    min_size=1, max_size=3), st.sampled_from([10., 20., 30., 7.7]), st.floats(0, 40))
+KINDS = ["EEG", "EOG", "EMG", "ECG", "RESP", "SPO2", "HR", "TEMP", "POSITION", "LIGHT"]
+RATES = [.5, 1., 7.3, 10., 12.8, 50., 64., 99.9, 125., 128., 200., 256., 512.]
+
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(RATES)), min_size=1, max_size=3), st.sampled_from([10., 20., 30., 7.7]), st.floats(0, 40))
 @settings(max_examples=25, deadline=None)
 def test_any_montage(kinds, epoch_length, offset):
     h = Hypnogram([0, 1, 2, 3, 4, -1, 2], epoch_length)
@@ -281,7 +286,8 @@ def test_any_montage(kinds, epoch_length, offset):
     for (kind, fs), c in zip(kinds, rec.channels.values(), strict=True):
         assert (c.kind, c.fs) == (kind, fs) and np.isfinite(c.samples()).all()
 
-@pytest.mark.parametrize("montage, words", [({"gibberish": 100}, "doesn't tell"), ({"EEG": -1}, "sampling rate"), ({"x": Lead(100, "SNORE")}, "can't be simulated"), ({"EMG": Lead(100, site="ear")}, "no site")])
+@pytest.mark.parametrize("montage, words", [({"gibberish": 100}, "doesn't tell"), ({"EEG": -1}, "sampling rate"),
+    ({"x": Lead(100, "SNORE")}, "can't be simulated"), ({"EMG": Lead(100, site="ear")}, "no site")])
 def test_impossible_channels(montage, words):
     with pytest.raises(ChannelError, match=words) as e: simulate_night(hypnogram(.1), montage)
     assert e.value.channel in montage and e.value.remedy
@@ -332,11 +338,13 @@ def test_a_real_hypnogram_drives_a_night():
 
 # ---------------------------------------------------------------- files
 
-@pytest.mark.parametrize("epoch_length, offset, montage", [(30., 0., "shhs"), (30., 7.5, {"EEG": 125, "SpO2": 1}), (20., 13., {"EEG": 12.8, "Thorax": 10}), (10., 61., "sleep_edf")])
+@pytest.mark.parametrize("epoch_length, offset, montage", [(30., 0., "shhs"), (30., 7.5, {"EEG": 125, "SpO2": 1}),
+    (20., 13., {"EEG": 12.8, "Thorax": 10}), (10., 61., "sleep_edf")])
 def test_through_files(tmp_path, epoch_length, offset, montage):
     table = simulate_cohort(tmp_path, 1, hours=.7, seed=3, montage=montage, epoch_length=epoch_length, hypnogram_offset=offset)
     rec, h = read_edf(tmp_path / table.signals[0]), read_hypnogram(tmp_path / table.annotation[0])
-    truth = simulate._recording(simulate._Job(tmp_path, 1, 1, .7, 3, {k: simulate._lead(k, v) for k, v in simulate._montage(montage).items()}, epoch_length, offset))
+    leads = {k: simulate._lead(k, v) for k, v in simulate._montage(montage).items()}
+    truth = simulate._recording(simulate._Job(tmp_path, 1, 1, .7, 3, leads, epoch_length, offset))
     assert rec.start == truth.start and abs(rec.duration - table.seconds[0]) < 1e-6 and rec.hypnogram is None and rec.events.empty
     assert h.epoch_length == epoch_length
     both, aligned, _ = align(rec, h)
@@ -358,7 +366,8 @@ def test_xml_as_the_nsrr_writes_it(tmp_path):
     events = pd.DataFrame([(50., 20.5, "Obstructive apnea", "flow"), (10., 3., "Arousal", "")], columns=["onset", "duration", "name", "channel"])
     write_nsrr_xml(h, events, tmp_path / "x-nsrr.xml", datetime(2024, 5, 1, 22, 30), 300.)
     text = (tmp_path / "x-nsrr.xml").read_text()
-    assert re.findall("<EventConcept>(.*)<", text) == ["Recording Start Time", "Arousal|Arousal ()", "Obstructive apnea|Obstructive Apnea", "Wake|0", "Stage 2 sleep|2", "Stage 3 sleep|3", "REM sleep|5", "Unscored|9"]
+    stages = ["Wake|0", "Stage 2 sleep|2", "Stage 3 sleep|3", "REM sleep|5", "Unscored|9"]
+    assert re.findall("<EventConcept>(.*)<", text) == ["Recording Start Time", "Arousal|Arousal ()", "Obstructive apnea|Obstructive Apnea", *stages]
     back = read_hypnogram(tmp_path / "x-nsrr.xml")
     assert back.stages.tolist() == h.stages.tolist() and back.epoch_length == 30
     assert (back.start, back.onset) == (h.start, 12)
@@ -418,7 +427,8 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path, monkeypatch):
     simulate_cohort(tmp_path, 1, hours=.25, montage={"EEG": 50})
     assert len(contents(tmp_path)) == 3
 
-@pytest.mark.parametrize("kwargs", [dict(n_subjects=0), dict(n_subjects=1, nights=0), dict(n_subjects=1, seed=-1), dict(n_subjects=1, hours=0.), dict(n_subjects=1, montage="nothing"), dict(n_subjects=1, epoch_length=0.), dict(n_subjects=1, hypnogram_offset=-1.)])
+@pytest.mark.parametrize("kwargs", [dict(n_subjects=0), dict(nights=0), dict(seed=-1), dict(hours=0.), dict(montage="nothing"), dict(epoch_length=0.),
+    dict(hypnogram_offset=-1.)])
 def test_impossible_settings(tmp_path, kwargs):
-    with pytest.raises(PFTSleepError): simulate_cohort(tmp_path, **{"hours": .25, "montage": {"EEG": 50}, **kwargs})
+    with pytest.raises(PFTSleepError): simulate_cohort(tmp_path, **{"n_subjects": 1, "hours": .25, "montage": {"EEG": 50}, **kwargs})
     assert not list(tmp_path.rglob("*.edf"))

@@ -25,7 +25,7 @@ def hardware() -> dict[str, object]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model[1] if model else platform.processor(), "cores": cores, "memory_gib": round(memory, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "os": platform.platform(), "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "os": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
         "torch": torch.__version__, "threads": os.environ.get("OMP_NUM_THREADS")}
 
 

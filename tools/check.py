@@ -42,14 +42,13 @@ class Job:
     failed: int = 0
     skipped: int = 0
     seconds: float = 0
-    started: float = 0
     note: str = ""
     done: Future = field(default_factory=Future)
 
 
-def fast_jobs() -> list[Job]:
-    junit = LOGS / "pytest.xml"
-    jobs = [
+def fast_jobs(logs: Path) -> list[Job]:
+    junit = logs / "pytest.xml"
+    return [
         Job("docs build", [PY, "docs/build.py"]),
         Job("mypy", [PY, "-m", "mypy"]),
         Job("pytest", [PY, "-m", "pytest", "-m", "not slow and not gpu", "--continue-on-collection-errors", f"--junitxml={junit}", "--cov=pftsleep", "--cov-report=term", "--durations=15"],
@@ -58,14 +57,13 @@ def fast_jobs() -> list[Job]:
         Job("export in sync", [PY, "tools/sync.py", "export", "--check"]),
         Job("notebooks clean", [PY, "tools/sync.py", "clean", "--check"]),
         Job("README in sync", [PY, "tools/sync.py", "readme", "--check"]),
-        Job("ruff", [PY, "-m", "ruff", "check", "pftsleep", "tests", "tools", "docs", "benchmarks", "jobs"]),
+        Job("ruff", [PY, "-m", "ruff", "check", "."]),
     ]
-    return jobs
 
 
-def marked_jobs(mark: str, others: list[str]) -> list[Job]:
+def marked_jobs(logs: Path, mark: str, others: list[str]) -> list[Job]:
     "Tests with a mark, and the notebooks that have cells with the flag of that name."
-    junit = LOGS / f"pytest-{mark}.xml"
+    junit = logs / "pytest.xml"
     flagged = [nb for nb in notebooks() if re.search(rf'"#\s*\|\s*{mark}\b', nb.read_text())]
     selection = " and ".join([mark, *(f"not {other}" for other in others)])
     return [Job(f"pytest -m {mark}", [PY, "-m", "pytest", "-m", selection, f"--junitxml={junit}", "--durations=15"], timeout=5400, junit=junit),
@@ -82,11 +80,11 @@ def notebook_jobs(paths: list[Path], flags: str, timeout: float = 300) -> list[J
     return [Job(name, [PY, "-c", NOTEBOOK, name, skip, flags], step="notebooks", timeout=timeout) for name in names]
 
 
-def run(job: Job, jobs: dict[str, Job]) -> None:
+def run(job: Job, jobs: dict[str, Job], logs: Path) -> None:
     if job.after in jobs: jobs[job.after].done.result()
-    job.started = time.monotonic()
-    log = LOGS / (re.sub(r"\W+", "-", job.name) + ".log")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(LOGS / "coverage"), "PFTSLEEP_SITE": str(ROOT / "_docs")}
+    started = time.monotonic()
+    log = logs / (re.sub(r"\W+", "-", job.name) + ".log")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(logs / "coverage"), "PFTSLEEP_SITE": str(ROOT / "_docs")}
     with log.open("w") as out:
         process = subprocess.Popen(job.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try: code = process.wait(job.timeout)
@@ -95,7 +93,7 @@ def run(job: Job, jobs: dict[str, Job]) -> None:
         finally:
             with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL) # and what it left behind
             process.wait()
-    job.seconds = time.monotonic() - job.started
+    job.seconds = time.monotonic() - started
     judge(job, code, log.read_text(errors="replace"))
     report(job, log)
 
@@ -110,7 +108,8 @@ def judge(job: Job, code: int, output: str) -> None:
             elif "skipped" in kinds: job.skipped += 1
             else: job.passed += 1
         covered = re.search(r"^TOTAL\s.*?(\d+%)", output, re.M)
-        job.note = job.note or ", ".join(filter(None, [covered and f"coverage {covered[1]}", job.skipped and f"{job.skipped} skipped"]))
+        notes = [f"coverage {covered[1]}" if covered else "", f"{job.skipped} skipped" if job.skipped else ""]
+        job.note = job.note or ", ".join(filter(None, notes))
     nothing_selected = job.junit is not None and code == 5
     if code != 0 and not job.failed and not nothing_selected: job.failed = 1
 
@@ -120,8 +119,8 @@ def report(job: Job, log: Path) -> None:
     print(f"{word:4}  {job.name:44}  {job.seconds:6.1f} s  {job.note}", flush=True)
     if not job.failed: return
     text = log.read_text(errors="replace").splitlines()
-    for line in text[-80:]: print(f"      | {line[:300]}")
-    print(f"      (all of it: {log.relative_to(ROOT)})", flush=True)
+    for line in text[-150:]: print(f"      | {line[:300]}")
+    print(f"      (all of it: {os.path.relpath(log)})", flush=True)
 
 
 def skipped_tests(jobs: list[Job]) -> list[str]:
@@ -156,14 +155,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
     args = parser.parse_args()
     os.chdir(ROOT)
-    LOGS.mkdir(parents=True, exist_ok=True)
-    for old in LOGS.iterdir(): shutil.rmtree(old) if old.is_dir() else old.unlink()
-    jobs = marked_jobs("slow", ["gpu"]) if args.slow else marked_jobs("gpu", []) if args.gpu else fast_jobs()
+    logs = LOGS / ("slow" if args.slow else "gpu" if args.gpu else "test")
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    jobs = marked_jobs(logs, "slow", ["gpu"]) if args.slow else marked_jobs(logs, "gpu", []) if args.gpu else fast_jobs(logs)
     by_name = {job.name: job for job in jobs}
     begun = time.monotonic()
     with ThreadPoolExecutor(args.workers) as pool:
         def finish(job: Job) -> None:
-            try: run(job, by_name)
+            try: run(job, by_name, logs)
             except Exception as e:
                 job.failed, job.note = max(job.failed, 1), f"{type(e).__name__}: {e}"
                 print(f"FAIL  {job.name}: {job.note}", flush=True)

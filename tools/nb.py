@@ -48,6 +48,7 @@ def run(working_copy: Path) -> None:
     before = notebook.read_bytes() if notebook.exists() else None
     nb = jupytext.read(working_copy, fmt="py:percent")
     if before is not None: nb = combine_inputs_with_outputs(nb, jupytext.read(notebook), fmt="py:percent") # cells keep their ids, differences stay small
+    nb.metadata.pop("jupytext", None)
     try:
         nbformat.write(nb, notebook)
         export(notebook) # before executing, since worker processes import the module

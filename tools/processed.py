@@ -19,7 +19,7 @@ WINGS = { # in the order of their dependencies, which is the order of reading
     "models": "Layers, encoders and heads.",
     "evaluation": "Agreement, sleep statistics, plots and reports.",
     "training": "Objectives, pretraining and probing.",
-    "apps": "Staging and the command line.",
+    "apps": "Staging, evaluation, the demo, and the command line.",
     "tutorials": "Whole journeys on small data.",
 }
 

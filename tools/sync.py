@@ -56,7 +56,7 @@ def readme() -> Files:
     found = chapters()
     index = next((c for c in found if c.page == "index"), None)
     if index is None: sys.exit("nbs/index.ipynb, which the README is made from, isn't there")
-    parts, figures = [f"# {index.title}", index.description], {}
+    parts, figures = [f"# {index.title}", index.description], dict[Path, bytes | None]()
     for cell in index.nb["cells"]:
         if cell["cell_type"] == "markdown": parts.append(_markdown(cell["source"], found))
         elif cell["cell_type"] == "code": parts += _code(cell, figures)
@@ -67,7 +67,7 @@ def readme() -> Files:
 
 def _markdown(source: str, found: list[Chapter]) -> str:
     "Links between notebooks as seen from the root; the list of chapters in place of its mark."
-    source = source.replace("<!-- chapters -->", _chapter_list(found))
+    source = re.sub(r"\]\(https://github\.com/[^/]+/[^/]+/blob/[^/]+/", "](", source.replace("<!-- chapters -->", _chapter_list(found)))
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+\.ipynb)", lambda m: f"](nbs/{os.path.normpath(m[1])}", source)
 
 

@@ -45,13 +45,14 @@ def _check_channels(recording: Recording, epoch_length: float) -> None:
     if not recording.channels: raise AlignmentError("the recording has no channels", recording.id, remedy="choose channels that the file has")
     for name, ch in recording.channels.items():
         if recording.duration - ch.duration >= max(epoch_length, 1 / ch.fs):
-            raise AlignmentError(f"it lasts {ch.duration:g} s while others last {recording.duration:g} s", recording.id, name, remedy="leave this channel out, or crop all channels to its end")
+            raise AlignmentError(f"it lasts {ch.duration:g} s while others last {recording.duration:g} s", recording.id, name,
+                remedy="leave this channel out, or crop all channels to its end")
 
 # %% ../../nbs/data/04_alignment.ipynb #79d2505d
 def _signal_epochs(channels: list[Channel], offset: float, length: float) -> tuple[int, int]:
     "First and one past the last epoch of the hypnogram's grid that every channel has completely; the first may be negative."
-    def begins_inside(k): return all((offset + k * length) * ch.fs >= -SAMPLE_TOLERANCE for ch in channels)
-    def ends_inside(k): return all((offset + k * length) * ch.fs <= ch.n_samples + SAMPLE_TOLERANCE for ch in channels)
+    def begins_inside(k): return all(sample_at(-(offset + k * length), ch.fs) <= 0 for ch in channels)
+    def ends_inside(k): return all(sample_at(offset + k * length, ch.fs) <= ch.n_samples for ch in channels)
     first = math.ceil(-offset / length) - 1 # rounding may be off by one either way: start outside and walk in
     while not begins_inside(first): first += 1
     stop = math.floor((min(ch.duration for ch in channels) - offset) / length) + 1
@@ -80,11 +81,13 @@ class AlignmentReport:
     def to_dict(self) -> dict: return asdict(self) | {"remainder": dict(self.remainder)}
     def __str__(self):
         late = {name: r for name, r in self.remainder.items() if r}
+        events = f"{self.events_dropped} event{'s' * (self.events_dropped != 1)} dropped"
+        added = f"{self.epochs_added_before} added before, {self.epochs_added_after} after"
         return "\n".join([
             f"{self.epochs_kept} epochs of {self.epoch_length:g} s kept, {self.unscored_kept} of them unscored (policy '{self.policy}')",
             f"  offset     {self.offset:+.6g} s, {'by clock times' if self.basis == 'clock' else 'ASSUMED: a start time is missing'}",
-            f"  signal     {self.signal_cut_before:.6g} s cut before, {self.signal_cut_after:.6g} s after; {self.events_dropped} event{'s' * (self.events_dropped != 1)} dropped",
-            f"  hypnogram  {self.epochs_cut_before} epochs cut before, {self.epochs_cut_after} after; {self.epochs_added_before} added before, {self.epochs_added_after} after",
+            f"  signal     {self.signal_cut_before:.6g} s cut before, {self.signal_cut_after:.6g} s after; {events}",
+            f"  hypnogram  {self.epochs_cut_before} epochs cut before, {self.epochs_cut_after} after; {added}",
             f"  remainder  {', '.join(f'{name} {1000 * r:.3g} ms' for name, r in late.items()) or 'none: every channel has a sample at the first epoch'}"])
 
 # %% ../../nbs/data/04_alignment.ipynb #00d48986
@@ -96,10 +99,10 @@ def _hint(offset: float) -> str:
     return "they may belong to different nights"
 
 def _no_overlap(recording: Recording, hypnogram: Hypnogram, offset: float, basis: str) -> AlignmentError:
-    when = [f"{start or 'an unknown time'} for {seconds:g} s" for start, seconds in [(recording.start, recording.duration), (hypnogram.start, hypnogram.duration)]]
+    when = [f"{x.start or 'an unknown time'} for {x.duration:g} s" for x in (recording, hypnogram)]
     how = f"{offset:+.6g} s by clock times; {_hint(offset)}" if basis == "clock" else f"{offset:+.6g} s assumed"
     return AlignmentError(f"no whole epoch of the hypnogram lies in the signal: the recording is from {when[0]}, the hypnogram from {when[1]} (offset {how})",
-        recording.id, remedy="check that the two belong together; where the clock is wrong, correct the hypnogram's start, or set it to None to go by its onset")
+        recording.id, remedy="check that they belong together; where the clock is wrong, correct the hypnogram's start, or set it to None to go by its onset")
 
 # %% ../../nbs/data/04_alignment.ipynb #e928e2ff
 def _moved_events(events: pd.DataFrame, t0: float, duration: float) -> pd.DataFrame:
@@ -116,8 +119,9 @@ def _padded(h: Hypnogram, before: int, after: int) -> Hypnogram:
     shift = before * h.epoch_length
     move = lambda t: None if t is None else t + shift
     p = None if h.probabilities is None else np.pad(np.asarray(h.probabilities, "float32"), ((before, after), (0, 0)), constant_values=np.nan)
-    return replace(h, stages=np.pad(h.stages, (before, after), constant_values=int(Stage.UNSCORED)), start=h.start and h.start - timedelta(seconds=shift), onset=h.onset - shift,
-        lights_off=move(h.lights_off), lights_on=move(h.lights_on), probabilities=p)
+    stages = np.pad(h.stages, (before, after), constant_values=int(Stage.UNSCORED))
+    return replace(h, stages=stages, start=h.start and h.start - timedelta(seconds=shift), onset=h.onset - shift, lights_off=move(h.lights_off),
+        lights_on=move(h.lights_on), probabilities=p)
 
 # %% ../../nbs/data/04_alignment.ipynb #f1a1ac4a
 POLICIES = ("crop", "pad_unscored")

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .alignment import align
 from .cohorts import Cohort, Night, find_nights
@@ -31,7 +31,9 @@ from .store import create_store, open_store
 from ..errors import PFTSleepError, StoreError
 
 # %% ../../nbs/data/08_convert.ipynb #a6d87333
-def fingerprint(path: Path) -> dict: # name, bytes, changed (ns), sha256
+def fingerprint(
+    path: Path, # a source file
+) -> dict: # name, bytes, changed (ns), sha256
     "What identifies the content of a source file; its folder isn't part of it."
     stat = path.stat()
     with path.open("rb") as f: return dict(name=path.name, bytes=stat.st_size, changed=stat.st_mtime_ns, sha256=hashlib.file_digest(f, "sha256").hexdigest())
@@ -77,9 +79,9 @@ def _is_done(job: _Job) -> bool:
 @dataclass(frozen=True)
 class Outcome:
     "What became of one recording."
-    id: str
+    id: str # of the recording
     status: str # 'done', 'skipped' (was there already) or 'failed'
-    seconds: float
+    seconds: float # that it took
     error: str = "" # class of the error
     message: str = "" # file, channel, problem and remedy
     trace: str = "" # only for errors that aren't about data: a mistake of ours
@@ -125,7 +127,7 @@ def convert(
     target.sync()
     outcomes: list[Outcome] = []
     try:
-        with (target.path / "ledger.jsonl").open("a") as log, tqdm(total=len(jobs), desc="convert", unit="night") as bar:
+        with (target.path / "ledger.jsonl").open("a") as log, tqdm(total=len(jobs), desc="convert", unit="night", disable=None) as bar:
             for o in _outcomes(jobs, executor):
                 outcomes.append(o)
                 log.write(json.dumps(dict(time=datetime.now(UTC).isoformat(timespec="seconds"), recipe=recipe.hash, **asdict(o))) + "\n"); log.flush()

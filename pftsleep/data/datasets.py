@@ -50,13 +50,19 @@ def load_window(
     return Window(x=torch.from_numpy(np.nan_to_num(x, copy=False)), pad=torch.from_numpy(pad), stages=torch.from_numpy(stages), id=rec.id, first=first)
 
 # %% ../../nbs/data/11_datasets.ipynb #c0a9dcee
-def common_rate(rec: Recording, channels: Sequence[str]) -> float: # Hz
+def common_rate(
+    rec: Recording,
+    channels: Sequence[str], # names
+) -> float: # Hz
     "The one rate of all `channels`, or a `ChannelError`."
     rates = {rec[name].fs for name in channels}
     if len(rates) != 1: raise ChannelError(f"rates of {sorted(rates)} Hz can't be stacked", path=rec.id, remedy="prepare the store with a recipe that resamples to one rate")
     return rates.pop()
 
-def whole_samples(epoch_length: float, rate: float) -> int: # samples in an epoch
+def whole_samples(
+    epoch_length: float, # s
+    rate: float, # Hz
+) -> int: # samples in an epoch
     "Samples in an epoch, which must be a whole number."
     n = round(epoch_length * rate)
     if n < 1 or abs(n - epoch_length * rate) > 1e-6: raise ConfigError(f"an epoch of {epoch_length:g} s has {epoch_length * rate:g} samples at {rate:g} Hz", remedy="choose a recipe whose rate gives a whole number")

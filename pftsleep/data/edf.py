@@ -73,7 +73,7 @@ _WORDS = { # whole words that tell the kind
     Kind.EEG: "eeg", Kind.EOG: "eog eogv eogh veog heog loc roc", Kind.ECG: "ecg ekg", Kind.EMG: "emg chin cchin lchin rchin submental leg lleg rleg legs tib tibialis lat rat masseter",
     Kind.RESP: "resp respiration respiratory thor thorax thoracic tho chest abd abdo abdomen abdominal airflow flow air nasal nas oral nasalflow oralflow oronasal cannula ptaf therm thermistor "
                "thermocouple pres press pressure effort rip xflow vth vab npress",
-    Kind.SPO2: "spo2 sao2 sat osat saturation", Kind.HR: "hr dhr heart heartrate pulse pr prate", Kind.TEMP: "temp temperature", Kind.POSITION: "pos position body bodypos",
+    Kind.SPO2: "spo2 sao2 sat osat saturation", Kind.HR: "hr dhr heart heartrate pulse pr prate", Kind.TEMP: "temp temperature", Kind.POSITION: "pos position bodypos",
     Kind.SNORE: "snore snoring mic microphone sound", Kind.CPAP: "cpap pap bipap ipap epap mask", Kind.LIGHT: "light lux", Kind.ACC: "acc accel accelerometer accelerometry gravity",
     Kind.ACTIVITY: "activity actigraphy", Kind.EVENT: "event events marker trigger stim button status", Kind.OTHER: "pleth plethysmogram ppg oxstatus"}
 _KIND_OF = {word: kind for kind, words in _WORDS.items() for word in words.split()}
@@ -122,6 +122,8 @@ def _kind(label: str) -> Kind:
     return next((_KIND_OF[w] for word in words for w in (word, word.rstrip("0123456789")) if w in _KIND_OF), Kind.OTHER)
 
 # %% ../../nbs/data/02_edf.ipynb #54263d2d
+_ANNOTATION_LABELS = ("EDF Annotations", "BDF Annotations")
+
 @dataclass(frozen=True)
 class _Signal:
     "One signal's header fields, as text where a wrong one costs only that signal."
@@ -136,7 +138,7 @@ class _Signal:
     offset: int # byte of its first sample within a record
 
     @property
-    def is_annotation(self) -> bool: return self.label in ("EDF Annotations", "BDF Annotations")
+    def is_annotation(self) -> bool: return self.label in _ANNOTATION_LABELS
 
 @dataclass(frozen=True)
 class _Header:
@@ -440,6 +442,8 @@ def _calibration(s: _Signal) -> tuple[float, float]: # gain, offset: physical = 
     return gain, low - d_low * gain
 
 # %% ../../nbs/data/02_edf.ipynb #1413f69c
+_HAS_UNIT = (Kind.EEG, Kind.EOG, Kind.EMG, Kind.ECG, Kind.SPO2, Kind.HR, Kind.TEMP) # kinds whose values mean nothing without one
+
 def _channel(s: _Samples, issues: list[ReadIssue]) -> Channel | None:
     "One signal as a channel, or None and an issue where it can't be used."
     g = s.signal
@@ -452,8 +456,6 @@ def _channel(s: _Samples, issues: list[ReadIssue]) -> Channel | None:
     elif not unit and kind in _HAS_UNIT: issues.append(ReadIssue("noted", "unit not stated; values are as in the file", g.label))
     n = sum(s.runs[-1][1:])
     return Channel(name or "unnamed", kind, g.n / s.at.seconds, unit, n, replace(s, gain=gain * factor, offset=offset * factor), reference, g.label, abs(gain * factor))
-
-_HAS_UNIT = (Kind.EEG, Kind.EOG, Kind.EMG, Kind.ECG, Kind.SPO2, Kind.HR, Kind.TEMP)
 
 # %% ../../nbs/data/02_edf.ipynb #8e251c37
 def _sample_runs(at: _Layout, s: _Signal, runs: list[tuple[int, float]]) -> tuple[tuple[int, int, int], ...]:
@@ -581,7 +583,7 @@ def _all_events(r: Recording, start: datetime | None) -> list[tuple[float, float
     h = r.hypnogram
     events = [(float(e.onset), float(e.duration), f"{e.name}@@{e.channel}" if e.channel else str(e.name)) for e in r.events[EVENT_COLUMNS].fillna({"channel": ""}).itertuples()]
     if h is None: return events
-    if h.start and not start: raise EDFError("the hypnogram has a clock time and the recording has none", r.id, remedy="align them, or give the hypnogram an onset")
+    if h.start and not start: raise EDFError("the hypnogram has a clock time and the recording has none", remedy="align them, or give the hypnogram an onset")
     zero = (h.start - start).total_seconds() if h.start and start else h.onset
     lights = [(zero + t, 0., word) for t, word in ((h.lights_off, "Lights off"), (h.lights_on, "Lights on")) if t is not None]
     told = ("Sleep stage ", *(word for *_, word in lights))
@@ -620,14 +622,16 @@ def _column(c: Channel, seconds: Fraction, n_records: int) -> _Column:
     label, unit = (_ascii(x) for x in (re.sub(r" #\d+$", "", c.name), c.unit))
     if not 0 < len(label) <= 16 or len(unit) > 8:
         raise ChannelError(f"label '{label}' and unit '{unit}' don't fit into the 16 and 8 ASCII characters of EDF", channel=c.name, remedy="rename it with dataclasses.replace")
+    if label in _ANNOTATION_LABELS: raise ChannelError("EDF+ keeps this label for its annotations", channel=c.name, remedy="rename it with dataclasses.replace")
     n = _per_record(c, seconds)
     return _Column(label, unit, *_range_of(c), n, "" if c.n_samples == n * n_records else f"samples={c.n_samples}")
 
 def _header(columns: Sequence[_Column], start: datetime | None, seconds: Fraction, n_records: int) -> bytes:
     "The header record of an EDF+C file, without identity."
-    start = start or datetime(1985, 1, 1) # with 'Startdate X' EDF+'s way of saying nothing
+    long_date = f"{start.day:02}-{_MONTHS[start.month - 1]}-{start.year}" if start else "X" # with 1985 EDF+'s way of saying nothing
+    start = start or datetime(1985, 1, 1)
     if not 1985 <= start.year <= 2084: raise EDFError(f"EDF holds dates from 1985 to 2084, not {start:%Y}", remedy="shift the date, or set start=None")
-    file = ("0", 8), ("X X X X", 80), ("Startdate X X X X", 80), (start.strftime("%d.%m.%y"), 8), (start.strftime("%H.%M.%S"), 8), \
+    file = ("0", 8), ("X X X X", 80), (f"Startdate {long_date} X X X", 80), (start.strftime("%d.%m.%y"), 8), (start.strftime("%H.%M.%S"), 8), \
         (256 * (len(columns) + 1), 8), ("EDF+C", 44), (n_records, 8), (_seconds(seconds), 8), (len(columns), 4)
     signals = [(value(c), w) for w, value in zip(_FIELDS.values(), (lambda c: c.label, lambda c: "", lambda c: c.unit, lambda c: c.low, lambda c: c.high,
         lambda c: "-32768", lambda c: "32767", lambda c: "", lambda c: c.n, lambda c: c.reserved), strict=True) for c in columns]
@@ -668,7 +672,7 @@ def write_edf(
         notes = _annotation_records(_all_events(recording, start), n_records, seconds, fraction)
         columns = [*(_column(c, seconds, n_records) for c in channels), _Column("EDF Annotations", "", "-1", "1", len(notes[0]) // 2)]
         head = _header(columns, start, seconds, n_records)
-    except PFTSleepError as e: raise type(e)(e.problem, path, e.channel, e.remedy) from e
+    except PFTSleepError as e: raise type(e)(e.problem, e.path or path, e.channel, e.remedy) from e
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with part.open("wb") as f:

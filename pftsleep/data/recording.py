@@ -8,7 +8,8 @@ __all__ = ['SCORED_STAGES', 'EVENT_COLUMNS', 'Stage', 'Hypnogram', 'crop_hypnogr
 
 # %% ../../nbs/data/01_recording.ipynb #df1a0c0f
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
@@ -184,11 +185,17 @@ class Recording:
         return self.channels[name]
 
 # %% ../../nbs/data/01_recording.ipynb #1b53c41b
-def named_channels(channels) -> dict[str, Channel]:
+def named_channels(
+    channels: Iterable[Channel], # in the order of the source
+) -> dict[str, Channel]:
     "Channels by name; a repeated name gets ` #2`, ` #3`, ..."
     out: dict[str, Channel] = {}
+    seen: Counter[str] = Counter()
     for ch in channels:
-        name, n = ch.name, 1
-        while name in out: name, n = f"{ch.name} #{n + 1}", n + 1
+        seen[ch.name] += 1
+        name = ch.name
+        while name in out: # a file may itself call a channel 'EEG #2'
+            name = f"{ch.name} #{max(seen[ch.name], 2)}"
+            seen[ch.name] += name in out
         out[name] = replace(ch, name=name)
     return out

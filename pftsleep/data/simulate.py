@@ -88,7 +88,8 @@ def simulate_hypnogram(
     epoch_length: float = 30., # s
 ) -> Hypnogram: # without a start; scorer 'simulated'
     "A night's stages. Short recordings hold fewer cycles, and at least one. Raises `ConfigError` where not even one epoch fits."
-    if not (epoch_length > 0 and hours * 3600 >= epoch_length): raise ConfigError(f"{hours} h hold no epoch of {epoch_length} s", remedy="ask for more hours or shorter epochs")
+    if not (epoch_length > 0 and hours * 3600 >= epoch_length):
+        raise ConfigError(f"{hours} h hold no epoch of {epoch_length} s", remedy="ask for more hours or shorter epochs")
     n = max(1, round(hours * 60 / _CYCLE))
     sleep = _Sleep(*rng.lognormal((0, 0, .3), (.22, .12, .5)))
     plan = [(Stage.W, 3 + 12 * sleep.restless * rng.lognormal(0, .5) * min(1., hours / 4))]
@@ -127,11 +128,12 @@ def draw_traits(
 ) -> Traits:
     "A person. Ranges follow the normal values of the textbooks; the apnea index is skewed as it is in population cohorts (Heinzer et al., 2015)."
     r = _stream(seed, "traits")
-    gain = lambda sd: float(r.lognormal(0, sd))
-    return Traits(alpha_hz=float(np.clip(r.normal(9.9, .55), 8.6, 11.4)), alpha=gain(.5), theta=gain(.15), delta=gain(.2), beta=gain(.3), spindle=gain(.25),
-        spindle_hz=float(np.clip(r.normal(13.2, .5), 12, 14.5)), spindle_rate=float(r.uniform(2.2, 4.8)), eye=gain(.25), muscle=gain(.4), relaxing=float(r.uniform(.5, 1.15)),
-        heart_rate=float(np.clip(r.normal(60, 7), 44, 82)), sinus_arrhythmia=float(r.uniform(.02, .07)), ecg=gain(.2), breath_hz=float(np.clip(r.normal(.24, .03), .17, .32)),
-        ahi=float(min(80, r.lognormal(1.5, 1.2))), central=float(r.beta(1, 6)), spo2=float(np.clip(r.normal(96.3, 1.1), 93, 98.5)), lag=float(r.uniform(18, 27)))
+    gain, between = lambda sd: float(r.lognormal(0, sd)), lambda low, high: float(r.uniform(low, high))
+    normal = lambda mean, sd, low, high: float(np.clip(r.normal(mean, sd), low, high))
+    return Traits(alpha_hz=normal(9.9, .55, 8.6, 11.4), alpha=gain(.5), theta=gain(.15), delta=gain(.2), beta=gain(.3), spindle=gain(.25),
+        spindle_hz=normal(13.2, .5, 12, 14.5), spindle_rate=between(2.2, 4.8), eye=gain(.25), muscle=gain(.4), relaxing=between(.5, 1.15),
+        heart_rate=normal(60, 7, 44, 82), sinus_arrhythmia=between(.02, .07), ecg=gain(.2), breath_hz=normal(.24, .03, .17, .32),
+        ahi=min(80, 4.5 * gain(1.2)), central=float(r.beta(1, 6)), spo2=normal(96.3, 1.1, 93, 98.5), lag=between(18, 27))
 
 # %% ../../nbs/data/10_simulate.ipynb #7ac733f8
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class Lead:
 
 # %% ../../nbs/data/10_simulate.ipynb #1cf97b70
 _SITES: dict[Kind, dict[str, str]] = { # kind -> site: what its names look like; the first that fits, else the last
-    Kind.EEG: {"frontal": r"^(eeg )?a?f", "occipital": r"^(eeg )?p?[op](z|\d)", "central": ""}, Kind.EOG: {"horizontal": r"hor", "right": r"^e2|^eog ?2|roc|right|\br\b", "left": ""},
+    Kind.EEG: {"frontal": r"^(eeg )?a?f", "occipital": r"^(eeg )?p?[op](z|\d)", "central": ""},
+    Kind.EOG: {"horizontal": r"hor", "right": r"^e2|^eog ?2|roc|right|\br\b", "left": ""},
     Kind.EMG: {"leg": r"leg|tib|lat\b|rat\b", "chin": ""}, Kind.RESP: {"abdomen": r"abd", "thorax": r"tho|chest|^resp$|effort", "flow": ""},
     **{kind: {"body": ""} for kind in (Kind.ECG, Kind.SPO2, Kind.HR, Kind.TEMP, Kind.POSITION, Kind.LIGHT)}}
 
@@ -168,8 +171,8 @@ Montage = Mapping[str, float | Lead] # channel name -> rate in Hz, or a `Lead`
 
 MONTAGES: dict[str, Montage] = {
     "sleep_edf": {"EEG Fpz-Cz": 100, "EEG Pz-Oz": 100, "EOG horizontal": 100, "Resp oro-nasal": 1, "EMG submental": 1, "Temp rectal": 1},
-    "shhs": {"SaO2": 1, "H.R.": 1, "EEG(sec)": 125, "ECG": 125, "EMG": 125, "EOG(L)": 50, "EOG(R)": 50, "EEG": 125, "THOR RES": 10, "ABDO RES": 10, "POSITION": 1,
-        "LIGHT": 1, "NEW AIR": 10},
+    "shhs": {"SaO2": 1, "H.R.": 1, "EEG(sec)": 125, "ECG": 125, "EMG": 125, "EOG(L)": 50, "EOG(R)": 50, "EEG": 125, "THOR RES": 10, "ABDO RES": 10,
+        "POSITION": 1, "LIGHT": 1, "NEW AIR": 10},
     "mesa": {"EKG": 256, "EOG-L": 256, "EOG-R": 256, "EMG": 256, "EEG1": Lead(256, Kind.EEG, "frontal"), "EEG2": Lead(256, Kind.EEG, "occipital"), "EEG3": 256,
         "Pres": 32, "Flow": 32, "Thor": 32, "Abdo": 32, "HR": 1, "SpO2": 1},
     "pftsleep": {"ECG": 125, "EOG(L)": 50, "EMG": 125, "EEG": 125, "SaO2": 1, "THOR RES": 10, "ABDO RES": 10}} # the seven channels of the published encoders
@@ -224,8 +227,10 @@ def _apneas(night: _Night) -> pd.DataFrame: # onset, duration (s), name, fall (%
 class _State(IntEnum): OPEN, CLOSED, N1, N2, N3, TONIC, PHASIC, AROUSAL, MOVE = range(9)
 
 _VISITS = [ # during, visitor, a minute, mean s
-    (Stage.W, _State.N1, .8, 8), (Stage.W, _State.MOVE, .35, 6), (Stage.N1, _State.CLOSED, 1.2, 8), (Stage.N1, _State.N2, .6, 7), (Stage.N1, _State.AROUSAL, .3, 5),
-    (Stage.N2, _State.AROUSAL, .22, 6), (Stage.N2, _State.N1, .25, 8), (Stage.N2, _State.N3, .2, 9), (Stage.N3, _State.N2, .6, 8), (Stage.N3, _State.AROUSAL, .04, 6),
+    (Stage.W, _State.N1, .8, 8), (Stage.W, _State.MOVE, .35, 6),
+    (Stage.N1, _State.CLOSED, 1.2, 8), (Stage.N1, _State.N2, .6, 7), (Stage.N1, _State.AROUSAL, .3, 5),
+    (Stage.N2, _State.AROUSAL, .22, 6), (Stage.N2, _State.N1, .25, 8), (Stage.N2, _State.N3, .2, 9),
+    (Stage.N3, _State.N2, .6, 8), (Stage.N3, _State.AROUSAL, .04, 6),
     (Stage.REM, _State.AROUSAL, .15, 5), (Stage.REM, _State.N1, .3, 8)]
 
 def _alternating(rng: np.random.Generator, n: int, off: float, on: float) -> np.ndarray: # [n] bool
@@ -260,11 +265,11 @@ _RHYTHMS = ("background", "delta", "theta", "alpha", "beta", "tone")
 _LEVELS = np.array([
     [7.5,  4.5, 3.0,  3.0, 5.0, 20.], # OPEN
     [7.0,  4.0, 3.0, 10.0, 4.2, 16.], # CLOSED
-    [7.2,  5.5, 5.2,  2.8, 3.2, 11.], # N1
-    [8.0, 11.0, 5.0,  2.0, 2.3,  8.], # N2
-    [8.5, 28.0, 5.0,  1.6, 1.7,  6.], # N3
-    [7.0,  5.8, 4.8,  2.2, 2.9,  2.6], # TONIC
-    [7.0,  5.8, 5.0,  2.0, 3.1,  2.8], # PHASIC
+    [7.2,  5.5, 5.2,  2.6, 3.2, 11.], # N1
+    [8.0, 11.0, 5.0,  1.4, 2.3,  8.], # N2
+    [8.5, 28.0, 5.0,  1.2, 1.7,  6.], # N3
+    [7.0,  5.8, 4.8,  1.8, 2.9,  2.6], # TONIC
+    [7.0,  5.8, 5.0,  1.6, 3.1,  2.8], # PHASIC
     [8.0,  6.0, 4.5,  7.0, 5.5, 17.], # AROUSAL
     [9.0,  9.0, 4.5,  3.0, 6.5, 50.]], "float32") # MOVE
 
@@ -358,17 +363,20 @@ def _sawtooth_waves(night: _Night) -> tuple[np.ndarray, np.ndarray]: # [K] s, [K
 def _brain(night: _Night) -> np.ndarray: # [9, seconds*64] uV
     "Background, delta, theta, alpha, beta, spindles, K-complexes, vertex waves, sawtooth waves."
     n, t, level = night.seconds * _BRAIN, night.traits, night.part(_levels)
-    bands = [(.3, 30, lambda f: f**-.75), (.4, 4.5, lambda f: np.exp(-.5 * ((f - .85) / .5)**2) + .15 * np.exp(-f / 2)), (2, 10, lambda f: np.exp(-.5 * ((f - 4.8) / 1.7)**2)),
-        (7, 13, lambda f: np.exp(-.5 * ((f - t.alpha_hz) / .7)**2)), (8, 30, lambda f: 1 / (1 + np.exp((15 - f) / 1.5)) / f)]
+    bell = lambda hz, sd: lambda f: np.exp(-.5 * ((f - hz) / sd)**2)
+    bands = [(.3, 30, lambda f: f**-.75), (.4, 4.5, lambda f: bell(.85, .5)(f) + .15 * np.exp(-f / 2)), (2, 10, bell(4.8, 1.7)),
+        (7, 13, bell(t.alpha_hz, .7)), (8, 30, lambda f: 1 / (1 + np.exp((15 - f) / 1.5)) / f)]
     out = np.zeros((9, n), "float32")
-    for i, (low, high, shape) in enumerate(bands): np.multiply(_noise(night.stream("brain", str(i)), n, _BRAIN, low, high, shape), _rise(level[i], _BRAIN // _CONTROL), out=out[i])
+    for i, (low, high, shape) in enumerate(bands):
+        np.multiply(_noise(night.stream("brain", str(i)), n, _BRAIN, low, high, shape), _rise(level[i], _BRAIN // _CONTROL), out=out[i])
     complexes = _kcomplexes(night)
     for row, (times, waves) in enumerate((_spindles(night, complexes[0]), complexes, _vertex_waves(night), _sawtooth_waves(night)), start=5):
         _add_waves(out[row], _BRAIN, times, waves)
     return out
 
 # %% ../../nbs/data/10_simulate.ipynb #06389fb9
-_SACCADES = ((_State.PHASIC, 45., 110.), (_State.TONIC, 2., 70.), (_State.OPEN, 22., 70.), (_State.MOVE, 25., 90.), (_State.AROUSAL, 12., 50.)) # state, a minute, uV
+_SACCADES = ( # state, a minute, uV
+    (_State.PHASIC, 45., 110.), (_State.TONIC, 2., 70.), (_State.OPEN, 22., 70.), (_State.MOVE, 25., 90.), (_State.AROUSAL, 12., 50.))
 _ROLLING = np.array([8, 18, 40, 7, 5, 7, 10, 8, 20], "float32") # uV, by state
 
 def _eyes(night: _Night) -> np.ndarray: # [2, seconds*64] uV
@@ -398,7 +406,10 @@ def _tone(night: _Night) -> np.ndarray: # [seconds*4] uV, root mean square
     return tone
 
 # %% ../../nbs/data/10_simulate.ipynb #fab7dd44
-_BREATHING = np.array([[1.12, .14, .3], [1.06, .12, .25], [1.03, .09, .15], [1., .05, .08], [1., .035, .06], [1.06, .13, .22], [1.1, .2, .32], [1.12, .15, .3], [1.2, .25, .6]]) # by state: rate, its sd, sd of depth
+_BREATHING = np.array([ # by state: rate, its sd, sd of depth
+    [1.12, .14, .3], [1.06, .12, .25], [1.03, .09, .15], # OPEN, CLOSED, N1
+    [1., .05, .08], [1., .035, .06], [1.06, .13, .22], # N2, N3, TONIC
+    [1.1, .2, .32], [1.12, .15, .3], [1.2, .25, .6]]) # PHASIC, AROUSAL, MOVE
 
 def _breathing(night: _Night) -> dict[str, np.ndarray]: # each [seconds*8]
     "Phase (cycles), and movement of thorax, abdomen and airflow; 1 = a quiet breath."
@@ -409,13 +420,15 @@ def _breathing(night: _Night) -> dict[str, np.ndarray]: # each [seconds*8]
     phase = np.cumsum(night.traits.breath_hz * rate * np.exp(unsteady * wander())) / _BREATH
     depth, flow, chest, belly, twist = np.exp(uneven * wander()), np.ones(n), np.ones(n), np.ones(n), np.zeros(n)
     for onset, duration, name, _ in night.part(_apneas).itertuples(index=False):
-        during, after = slice(int(onset * _BREATH), int((onset + duration) * _BREATH)), slice(int((onset + duration) * _BREATH), int((onset + duration + 9) * _BREATH))
+        begin, end, calm = (int(t * _BREATH) for t in (onset, onset + duration, onset + duration + 9))
+        during, after = slice(begin, end), slice(end, calm)
         air, effort = {"Hypopnea": (rng.uniform(.3, .55), .55), "Central apnea": (.03, .03), "Obstructive apnea": (.03, .5)}[name]
         flow[during], chest[during], belly[during], twist[during] = air, effort, effort, .4 if name == "Obstructive apnea" else .08 if name == "Hypopnea" else 0
         depth[after] *= 1.6
     flow, chest, belly, twist = (gaussian_filter1d(v, 8) for v in (flow, chest, belly, twist))
     wave = lambda p: np.sin(2 * np.pi * p) + .2 * np.sin(4 * np.pi * p + .6)
-    return {"phase": phase, "thorax": depth * chest * wave(phase), "abdomen": depth * belly * wave(phase - .03 - twist), "flow": depth * flow * wave(phase + .25)}
+    moves = {"thorax": chest * wave(phase), "abdomen": belly * wave(phase - .03 - twist), "flow": flow * wave(phase + .25)}
+    return {"phase": phase, **{site: depth * x for site, x in moves.items()}}
 
 # %% ../../nbs/data/10_simulate.ipynb #c1253d57
 def _desaturations(night: _Night) -> pd.DataFrame: # onset, bottom, end (s), fall (%)
@@ -434,14 +447,17 @@ def _saturation(night: _Night) -> np.ndarray: # [seconds] %
     return np.clip(out, 55, 100)
 
 # %% ../../nbs/data/10_simulate.ipynb #f525f92c
-_HEART = np.array([[1.14, .6, .04], [1.1, .7, .035], [1.05, .9, .03], [1.01, 1.1, .02], [1., 1.2, .015], [1.06, .6, .035], [1.1, .5, .04], [1.2, .5, .04], [1.3, .3, .05]]) # by state: rate, sinus arrhythmia, slow waves
+_HEART = np.array([ # by state: rate, sinus arrhythmia, slow waves
+    [1.14, .6, .04], [1.1, .7, .035], [1.05, .9, .03], # OPEN, CLOSED, N1
+    [1.01, 1.1, .02], [1., 1.2, .015], [1.06, .6, .035], # N2, N3, TONIC
+    [1.1, .5, .04], [1.2, .5, .04], [1.3, .3, .05]]) # PHASIC, AROUSAL, MOVE
 
 def _heart_rate(night: _Night) -> np.ndarray: # [seconds*8] beats a minute
     "The heart's momentary rate."
     rng, t = night.stream("heart"), night.traits
     rate, sinus, slow = gaussian_filter1d(_HEART[np.repeat(night.part(_states), _BREATH // _CONTROL)].T, 16, axis=1)
     n, apnea = len(rate), np.zeros(len(rate))
-    for onset, duration in night.part(_apneas)[["onset", "duration"]].itertuples(index=False): apnea[int(onset * _BREATH):int((onset + duration) * _BREATH)] = -.07
+    for a in night.part(_apneas).itertuples(): apnea[int(a.onset * _BREATH):int((a.onset + a.duration) * _BREATH)] = -.07
     waves = sinus * t.sinus_arrhythmia * np.sin(2 * np.pi * night.part(_breathing)["phase"] + .5) + slow * _noise(rng, n, _BREATH, .05, .15)
     drift = .03 * np.repeat(_wander(rng, n // 2, 60), _BREATH // _CONTROL)
     return t.heart_rate * rate * (1 + waves + drift + gaussian_filter1d(apnea, 24))
@@ -469,7 +485,8 @@ def _ecg(night: _Night, fs: float, n: int) -> np.ndarray: # [n] mV
 _PICKUP = { # background, delta, theta, alpha, beta, spindle, K-complex, vertex, sawtooth; turning eyes, blinks
     "frontal": ([.8, 1.15, .9, .55, 1., .95, 1.2, .8, .8], [.1, .3]), "central": ([.8, 1., 1., .8, 1., 1., 1., 1., 1.], [.05, .06]),
     "occipital": ([.8, .7, .9, 1.3, .9, .5, .55, .5, .6], [.02, .02]),
-    "left": ([.4, .45, .4, .25, .5, .15, .5, .25, .3], [1., -.55]), "right": ([.4, .45, .4, .25, .5, .15, .5, .25, .3], [-1., .75]), "horizontal": ([.1, .08, .1, .05, .2, .03, .08, .05, .05], [1.9, -.15])}
+    "left": ([.4, .45, .4, .25, .5, .15, .5, .25, .3], [1., -.55]), "right": ([.4, .45, .4, .25, .5, .15, .5, .25, .3], [-1., .75]),
+    "horizontal": ([.1, .08, .1, .05, .2, .03, .08, .05, .05], [1.9, -.15])}
 
 def _fit(x: np.ndarray, rate: float, fs: float, n: int) -> np.ndarray: # [n] float32
     "`x` brought from an inner clock to a channel's rate."
@@ -548,14 +565,16 @@ def _slow_channel(night: _Night, name: str, lead: Lead, n: int) -> np.ndarray: #
 
 # %% ../../nbs/data/10_simulate.ipynb #aa71263c
 _RECORDERS: dict[Kind, tuple[Callable[[_Night, str, Lead, int], np.ndarray], str]] = { # what makes a channel, and its unit
-    Kind.EEG: (_scalp, "uV"), Kind.EOG: (_scalp, "uV"), Kind.EMG: (_muscle, "uV"), Kind.ECG: (_heart, "mV"), Kind.RESP: (_breath, ""), Kind.SPO2: (_slow_channel, "%"),
-    Kind.HR: (_slow_channel, "bpm"), Kind.POSITION: (_slow_channel, ""), Kind.LIGHT: (_slow_channel, ""), Kind.TEMP: (_slow_channel, "degC")}
+    Kind.EEG: (_scalp, "uV"), Kind.EOG: (_scalp, "uV"), Kind.EMG: (_muscle, "uV"), Kind.ECG: (_heart, "mV"), Kind.RESP: (_breath, ""),
+    Kind.SPO2: (_slow_channel, "%"), Kind.HR: (_slow_channel, "bpm"), Kind.TEMP: (_slow_channel, "degC"),
+    Kind.POSITION: (_slow_channel, ""), Kind.LIGHT: (_slow_channel, "")}
 
 def _channel(night: _Night, name: str, lead: Lead) -> Channel:
     "One channel of the night."
-    make, unit = _RECORDERS[lead.kind or Kind.OTHER]
-    whole = lead.kind in (Kind.SPO2, Kind.HR, Kind.POSITION, Kind.LIGHT)
-    return array_channel(name, make(night, name, lead, round(night.seconds * lead.fs)), lead.fs, unit, lead.kind or Kind.OTHER, resolution=1. if whole else None)
+    kind = lead.kind or Kind.OTHER
+    make, unit = _RECORDERS[kind]
+    whole = kind in (Kind.SPO2, Kind.HR, Kind.POSITION, Kind.LIGHT)
+    return array_channel(name, make(night, name, lead, round(night.seconds * lead.fs)), lead.fs, unit, kind, resolution=1. if whole else None)
 
 def _events(night: _Night) -> pd.DataFrame: # EVENT_COLUMNS
     "What a scorer would mark besides stages: breathing events, desaturations of 3 % and more, arousals of 3 s and more in sleep."
@@ -566,7 +585,8 @@ def _events(night: _Night) -> pd.DataFrame: # EVENT_COLUMNS
     frames = [apneas[["onset", "duration", "name"]].assign(channel="flow"),
         pd.DataFrame({"onset": d.onset, "duration": d.end - d.onset, "name": "SpO2 desaturation", "channel": "SpO2"}),
         pd.DataFrame({"onset": arousals[:, 0], "duration": np.diff(arousals, axis=1)[:, 0], "name": "Arousal", "channel": "EEG"})]
-    return pd.concat([f for f in frames if len(f)] or frames)[EVENT_COLUMNS].sort_values(["onset", "name"], ignore_index=True).round({"onset": 1, "duration": 1})
+    table = pd.concat([f for f in frames if len(f)] or frames)[EVENT_COLUMNS]
+    return table.sort_values(["onset", "name"], ignore_index=True).round({"onset": 1, "duration": 1})
 
 # %% ../../nbs/data/10_simulate.ipynb #c4d0ca72
 def simulate_night(
@@ -578,30 +598,34 @@ def simulate_night(
     id: str = "sim", # of the recording
     subject: str | None = None, # of the person
 ) -> Recording: # channels in memory, events, and the hypnogram with its start
-    "A polysomnogram of a night with these stages. Raises `ChannelError` for a channel that can't be simulated and `ConfigError` where nothing would be recorded."
+    "A polysomnogram of a night with these stages. Raises `ChannelError` for a channel that can't be simulated, `ConfigError` where nothing would be recorded."
     leads = {name: _lead(name, lead) for name, lead in _montage(montage).items()}
     offset = hypnogram.onset if offset is None else offset
     block = math.lcm(*(Fraction(lead.fs).limit_denominator(1000).denominator for lead in leads.values()))
     block = block if block <= 60 else 1 # rates that no record of a minute can hold: the last samples end within one sample of each other
     seconds = math.ceil((offset + hypnogram.duration) / block - 1e-9) * block
-    if seconds <= 0 or not len(hypnogram): raise ConfigError(f"{len(hypnogram)} epochs that begin {offset} s after the start leave nothing to record", remedy="pass a longer hypnogram or another offset")
+    if seconds <= 0 or not len(hypnogram):
+        raise ConfigError(f"{len(hypnogram)} epochs that begin {offset} s after the start leave nothing to record", remedy="pass more epochs or another offset")
     night = _Night(hypnogram, offset, seconds, seed, traits or draw_traits(seed))
     start = hypnogram.start - timedelta(seconds=offset) if hypnogram.start else datetime(2000, 1, 1, 22)
-    return Recording(id, {name: _channel(night, name, lead) for name, lead in leads.items()}, start=start, subject=subject, cohort="simulated", events=_events(night),
-        hypnogram=replace(hypnogram, start=start + timedelta(seconds=offset), onset=offset), provenance={"format": "simulated", "traits": asdict(night.traits)})
+    channels = {name: _channel(night, name, lead) for name, lead in leads.items()}
+    return Recording(id, channels, start, subject, "simulated", replace(hypnogram, start=start + timedelta(seconds=offset), onset=offset), _events(night),
+        provenance={"format": "simulated", "traits": asdict(night.traits)})
 
 # %% ../../nbs/data/10_simulate.ipynb #945b198c
 def _montage(montage: str | Montage) -> Montage:
     "A preset by its name, or the montage itself."
     if isinstance(montage, str):
-        if montage not in MONTAGES: raise ConfigError(f"no montage is called '{montage}'", remedy=f"use one of {', '.join(MONTAGES)}, or give channel names with their rates")
+        known = f"use one of {', '.join(MONTAGES)}, or give channel names with their rates"
+        if montage not in MONTAGES: raise ConfigError(f"no montage is called '{montage}'", remedy=known)
         return MONTAGES[montage]
     if not montage: raise ConfigError("a montage without channels", remedy="name at least one channel and its rate")
     return montage
 
 # %% ../../nbs/data/10_simulate.ipynb #c6866dc2
 _CONCEPTS: dict[Stage | str, tuple[str, str]] = { # our word -> type, concept
-    **{Stage(s): ("Stages|Stages", c) for s, c in zip(range(-1, 5), ("Unscored|9", "Wake|0", "Stage 1 sleep|1", "Stage 2 sleep|2", "Stage 3 sleep|3", "REM sleep|5"), strict=True)},
+    Stage.W: ("Stages|Stages", "Wake|0"), Stage.N1: ("Stages|Stages", "Stage 1 sleep|1"), Stage.N2: ("Stages|Stages", "Stage 2 sleep|2"),
+    Stage.N3: ("Stages|Stages", "Stage 3 sleep|3"), Stage.REM: ("Stages|Stages", "REM sleep|5"), Stage.UNSCORED: ("Stages|Stages", "Unscored|9"),
     "Arousal": ("Arousals|Arousals", "Arousal|Arousal ()"), "SpO2 desaturation": ("Respiratory|Respiratory", "SpO2 desaturation|SpO2 desaturation"),
     "Hypopnea": ("Respiratory|Respiratory", "Hypopnea|Hypopnea"), "Obstructive apnea": ("Respiratory|Respiratory", "Obstructive apnea|Obstructive Apnea"),
     "Central apnea": ("Respiratory|Respiratory", "Central apnea|Central Apnea")}
@@ -632,12 +656,15 @@ def write_nsrr_xml(
     start: datetime, # of the recording
     duration: float, # of the recording, s
 ) -> None:
-    "Write stages and events as NSRR XML, whole or not at all. Raises `ConfigError` for an event that has no NSRR concept, `StoreError` where the file can't be written."
+    """Write stages and events as NSRR XML, whole or not at all.
+
+    Raises `ConfigError` for an event that has no NSRR concept, `StoreError` where the file can't be written."""
     if unknown := sorted(set(events["name"]) - {k for k in _CONCEPTS if not isinstance(k, Stage)}):
         raise ConfigError(f"no NSRR concept for {', '.join(map(repr, unknown))}", path, remedy="leave these events out")
     onset = (hypnogram.start - start).total_seconds() if hypnogram.start else hypnogram.onset
-    first = _scored_event("", "Recording Start Time", 0., duration, ("ClockTime", f"{start:%d.%m.%y %H.%M.%S}"))
-    others = [_scored_event(*_CONCEPTS[e.name], e.onset, e.duration, *([("SignalLocation", e.channel)] if e.channel else [])) for e in events.sort_values("onset").itertuples()]
+    first = _scored_event("", "Recording Start Time", 0., duration, ("ClockTime", f"{start:%d.%m.%y %H.%M.%S}" + f".{start:%f}" * bool(start.microsecond)))
+    where = lambda e: [("SignalLocation", e.channel)] if e.channel else []
+    others = [_scored_event(*_CONCEPTS[e.name], e.onset, e.duration, *where(e)) for e in events.sort_values("onset").itertuples()]
     stages = [_scored_event(*_CONCEPTS[stage], at, length) for stage, at, length in _stage_runs(hypnogram, onset)]
     _replace_file(Path(path), '<?xml version="1.0" encoding="UTF-8" standalone="no"?>\n<PSGAnnotation>\n<SoftwareVersion>pftsleep simulator</SoftwareVersion>\n'
         f"<EpochLength>{hypnogram.epoch_length:g}</EpochLength>\n<ScoredEvents>\n{first}{''.join(others)}{''.join(stages)}</ScoredEvents>\n</PSGAnnotation>\n")
@@ -698,7 +725,8 @@ def _write_night(job: _Job) -> dict[str, object]: # a row of the table
         write_nsrr_xml(h, rec.events, files["annotation"], start, rec.duration) # type: ignore[arg-type] # a simulated night has both
         receipt = {"settings": job.settings(), "seconds": rec.duration, "sha256": {k: _sha256(p) for k, p in files.items()}}
         _replace_file(job.receipt, json.dumps(receipt, indent=1))
-    return {"id": job.id, "subject": f"sim-{job.subject:04d}", **{k: p.relative_to(job.folder).as_posix() for k, p in files.items()}, "seconds": receipt["seconds"]}
+    paths = {k: p.relative_to(job.folder).as_posix() for k, p in files.items()}
+    return {"id": job.id, "subject": f"sim-{job.subject:04d}", **paths, "seconds": receipt["seconds"]}
 
 # %% ../../nbs/data/10_simulate.ipynb #5e9897e0
 def _no_strangers(jobs: list[_Job]) -> None:
@@ -708,7 +736,8 @@ def _no_strangers(jobs: list[_Job]) -> None:
     for receipt in sorted(set(jobs[0].receipt.parent.glob("*.json")) - {job.receipt for job in jobs}):
         try: same = common(json.loads(receipt.read_text())["settings"]) == ours
         except (OSError, ValueError, KeyError, TypeError, AttributeError): same = False
-        if not same: raise StoreError(f"holds {receipt.stem}, which was made with other settings", jobs[0].folder, remedy="use another folder, or delete this one first")
+        if not same:
+            raise StoreError(f"holds {receipt.stem}, which was made with other settings", jobs[0].folder, remedy="use another folder, or delete this one")
 
 # %% ../../nbs/data/10_simulate.ipynb #3873b054
 def simulate_cohort(
@@ -722,11 +751,15 @@ def simulate_cohort(
     hypnogram_offset: float = 0., # s from the start of each EDF file to its first epoch
     executor: Executor | None = None, # where the nights are made; here, one after the other, where None
 ) -> pd.DataFrame: # one row per night: id, subject, signals and annotation (paths within `folder`), seconds
-    "Write EDF files and NSRR XML of simulated people; nights that are there already are kept. Raises `ConfigError`, `ChannelError`, and `StoreError` or `EDFError` where the disk refuses."
-    if n_subjects < 1 or nights < 1 or seed < 0: raise ConfigError(f"{n_subjects} subjects, {nights} nights, seed {seed}", remedy="ask for at least one of each, and a seed of 0 or more")
+    """Write EDF files and NSRR XML of simulated people; nights that are there already are kept.
+
+    Raises `ConfigError`, `ChannelError`, and `StoreError` or `EDFError` where the disk refuses or the folder holds another simulation."""
+    if n_subjects < 1 or nights < 1 or seed < 0:
+        raise ConfigError(f"{n_subjects} subjects, {nights} nights, seed {seed}", remedy="ask for at least one of each, and a seed of 0 or more")
     if hypnogram_offset < 0: raise ConfigError(f"a hypnogram that begins {-hypnogram_offset} s before its recording", remedy="give an offset of 0 or more")
     folder, leads = Path(folder), {name: _lead(name, lead) for name, lead in _montage(montage).items()}
-    jobs = [_Job(folder, s, n, float(hours), seed, leads, float(epoch_length), float(hypnogram_offset)) for s in range(1, n_subjects + 1) for n in range(1, nights + 1)]
+    jobs = [_Job(folder, s, n, float(hours), seed, leads, float(epoch_length), float(hypnogram_offset))
+        for s in range(1, n_subjects + 1) for n in range(1, nights + 1)]
     try:
         for part in {p.parent for p in (*jobs[0].files().values(), jobs[0].receipt)}: part.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise StoreError(f"the folder can't be made: {e.strerror}", folder, remedy="check its name, its permissions and the disk") from e

@@ -46,8 +46,8 @@ def quantise(
 
 def restore(
     codes: np.ndarray, # [T] int16 or float32
-    scale: float,
-    offset: float,
+    scale: float, # of `quantise`
+    offset: float, # of `quantise`
 ) -> np.ndarray: # [T] float32, NaN = missing
     "The inverse of `quantise`."
     if codes.dtype != np.int16: return codes
@@ -84,7 +84,7 @@ def _write_hypnogram(group: zarr.Group, h: Hypnogram) -> None:
 # %% ../../nbs/data/06_store.ipynb #f3afb769
 def manifest_row(
     rec: Recording,
-    recipe_hash: str,
+    recipe_hash: str, # of the recipe that it was prepared with
     sources: Sequence[Mapping[str, object]] = (), # name, bytes and sha256 of each file that the recording was made from
 ) -> dict: # one row of the manifest
     "What the manifest says about a recording."
@@ -112,7 +112,7 @@ def write_recording(
     rec: Recording, # as it shall be kept; every channel is read once, one at a time
     folder: str | Path, # the store's `recordings` folder
     recipe: Mapping, # the recipe as plain data
-    recipe_hash: str,
+    recipe_hash: str, # of that recipe
     sources: Sequence[Mapping[str, object]] = (), # name, bytes and sha256 of each source file
 ) -> Path: # the finished group
     "Write `rec` under a temporary name, then rename it. Raises `StoreError` when the disk is full or the folder can't be written; then nothing is left behind."
@@ -187,7 +187,9 @@ def _read_hypnogram(group: zarr.Group) -> Hypnogram | None:
 # %% ../../nbs/data/06_store.ipynb #21676db6
 class Store:
     "Prepared recordings in a folder; `store[id]` is a `Recording`. Made by `create_store`, opened by `open_store`."
-    def __init__(self, path: str | Path):
+    def __init__(self,
+        path: str | Path, # the folder that holds store.json
+    ):
         self.path = Path(path)
         try: facts = json.loads((self.path / "store.json").read_text())
         except FileNotFoundError as e: raise StoreError("no store here", path=path, remedy="give the folder that holds store.json, or make one with `pftsleep convert`") from e
@@ -225,7 +227,9 @@ class Store:
         return table
 
 # %% ../../nbs/data/06_store.ipynb #118e76cb
-def open_store(path: str | Path) -> Store:
+def open_store(
+    path: str | Path, # the folder that holds store.json
+) -> Store:
     "The store in a folder. Raises `StoreError` when there is none."
     return Store(path)
 
@@ -247,7 +251,9 @@ def create_store(
         raise StoreError(f"it was made with recipe {store.recipe.get('name')} {store.recipe_hash}, not {recipe.name} {recipe.hash}", path=path, remedy="convert into another folder")
     return store
 
-def clear_leftovers(folder: str | Path) -> int: # number of folders removed
+def clear_leftovers(
+    folder: str | Path, # the `recordings` folder of a store
+) -> int: # number of folders removed
     "Remove half-written recordings whose process is gone; those of a running process stay."
     dead = [p for p in Path(folder).glob(".*.zarr.*") if not _alive(int(p.name.rpartition(".zarr.")[2].split(".")[0]))]
     for p in dead: shutil.rmtree(p, ignore_errors=True)

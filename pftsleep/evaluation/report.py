@@ -92,8 +92,7 @@ _PAGE = """<!DOCTYPE html>
 # %% ../../nbs/evaluation/03_report.ipynb #c054a096
 def _table(frame: pd.DataFrame, caption: str) -> str:
     "A table with its index as row headings; columns of numbers stand right."
-    with pd.option_context("display.max_colwidth", None):
-        html = frame.to_html(border=0, na_rep="n/a", float_format=lambda x: f"{x:.0f}" if x.is_integer() else f"{x:.3f}", index_names=False, justify="left")
+    html = frame.to_html(border=0, na_rep="n/a", float_format=lambda x: f"{x:.0f}" if x.is_integer() else f"{x:.3f}", index_names=False, justify="left")
     html = re.sub(r"<td>([-+]?[\d.,]+ ?%?|n/a)</td>", r'<td class="number">\1</td>', html)
     html = re.sub(r"(\[-?[\d.]+), (-?[\d.]+\])", r"\1,&nbsp;\2", html) # an interval stays on one line
     html = html.replace("<thead>", f"<caption><span>{escape(caption)}</span></caption>\n<thead>", 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
-from .transformer import BatchNorm, Pretrained, Tokens
+from .transformer import BatchNorm, Encoder, Pretrained, Tokens
 
 # %% ../../nbs/models/01_heads.ipynb #0cdfd6e8
 def tokens_per_epoch(
@@ -66,7 +66,10 @@ class ProbeConfig:
 class LinearProbe(Pretrained):
     "Standardised epoch features, then one linear layer."
     config_class = ProbeConfig
-    def __init__(self, config: ProbeConfig, recipe: dict | None = None):
+    def __init__(self,
+        config: ProbeConfig, # sizes
+        recipe: dict | None = None, # of the encoder's signals; plain data
+    ):
         super().__init__(config, recipe)
         n, d = len(config.channels), config.d_model
         self.norms = nn.ModuleList(BatchNorm(d, affine=False) for _ in range(n))
@@ -74,7 +77,7 @@ class LinearProbe(Pretrained):
 
     @classmethod
     def of(cls,
-        encoder: Pretrained, # whose tokens it will read
+        encoder: Encoder, # whose tokens it will read
         n_classes: int = 5, # classes
         seconds_per_epoch: float = 30., # s
     ) -> Self:

@@ -6,6 +6,7 @@
 __all__ = ['PretrainConfig', 'MaskedPretraining', 'new_encoder', 'shared_channels', 'pretrain']
 
 # %% ../../nbs/training/02_pretrain.ipynb #48646662
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,7 +77,10 @@ def new_encoder(
     settings = PatchConfig.tiny(tuple(channels), rate, patch=round(config.patch_seconds * rate), d_model=config.d_model, d_ff=4 * config.d_model, n_layers=config.n_layers, instance_norm=config.instance_norm)
     with seeded(config.seed): return PatchTransformer(settings, recipe=store.recipe)
 
-def shared_channels(store: Store, ids: Sequence[str]) -> tuple[str, ...]: # in the order of the first recording
+def shared_channels(
+    store: Store,
+    ids: Sequence[str], # recordings
+) -> tuple[str, ...]: # in the order of the first recording
     "Channels that all of these recordings have."
     rows = store.manifest.set_index("id")["channels"].loc[list(ids)].str.split(";")
     common = tuple(c for c in rows.iloc[0] if all(c in r for r in rows))
@@ -86,7 +90,7 @@ def shared_channels(store: Store, ids: Sequence[str]) -> tuple[str, ...]: # in t
 # %% ../../nbs/training/02_pretrain.ipynb #56a30c6d
 def pretrain(
     store: Store, # prepared recordings; their stages are not used
-    split: Split, # its parts 'train' and 'val' are used
+    split: Split, # parts 'train' and, if there is one, 'val' are used
     out: str | Path, # folder of the run; continued if it was begun
     config: PretrainConfig = PretrainConfig(), # settings
     progress: bool = True, # show a progress bar
@@ -96,9 +100,9 @@ def pretrain(
     encoder = new_encoder(store, split.parts["train"], config)
     config = replace(config, channels=encoder.config.channels)
     start_run(out, dict(task="pretrain", config=asdict(config), recipe=store.recipe_hash, split=split.hash))
-    data = {part: WindowDataset(store, split.parts[part], config.channels, config.window) for part in ("train", "val")}
+    data = {part: WindowDataset(store, split.parts.get(part, ()), config.channels, config.window) for part in ("train", "val")}
     with seeded(config.seed + 1): task = MaskedPretraining(encoder, config)
     curve = fit(task, data["train"], data["val"], out, progress)
     encoder.cpu().eval().save_pretrained(Path(out) / "encoder")
-    finish_run(out, dict(val_loss=float(curve["val_loss"].iloc[-1]), weights=weights_hash(encoder), parameters=n_parameters(encoder)))
+    finish_run(out, dict(losses=json.loads(curve.iloc[-1].to_json()), weights=weights_hash(encoder), parameters=n_parameters(encoder)))
     return encoder

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['StagingConfig', 'stage_loss', 'StageTraining', 'ProbeTraining', 'EpochTokens', 'collate_tokens', 'standardise',
-           'train_probe', 'train_supervised']
+           'train_probe', 'train_supervised', 'cross_validate']
 
 # %% ../../nbs/training/03_probe.ipynb #335aab43
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.datasets import WindowDataset
-from ..data.recording import Stage
+from ..data.datasets import WindowDataset, load_window
+from ..data.recording import Hypnogram, Recording, Stage
 from ..data.signals import Recipe
 from ..data.splits import Split
 from ..data.store import Store
@@ -74,7 +76,7 @@ class EpochTokens(Dataset):
         device: str = "cpu", # where the encoder runs
     ):
         encoder = encoder.eval().to(device)
-        self.items = []
+        self.items: list[dict] = []
         for w in (windows[k] for k in range(len(windows))):
             with torch.inference_mode(): t = epoch_tokens(encoder.encode(w["x"][None].to(device), w["pad"][None].to(device)), windows.epoch_length)
             self.items.append({**w, "x": t.values[0].cpu().clone(), "pad": t.pad[0].cpu().clone()})
@@ -82,7 +84,9 @@ class EpochTokens(Dataset):
     def __len__(self) -> int: return len(self.items)
     def __getitem__(self, k: int) -> dict: return self.items[k]
 
-def collate_tokens(items: Sequence[Mapping]) -> dict:
+def collate_tokens(
+    items: Sequence[Mapping], # of `EpochTokens`
+) -> dict:
     "Stack nights of epoch tokens, the shorter ones padded at the end: x [B, C, E, D], pad [B, C, E], stages [B, E]."
     E = max(len(i["stages"]) for i in items)
     grow = lambda i: E - len(i["stages"])
@@ -92,14 +96,14 @@ def collate_tokens(items: Sequence[Mapping]) -> dict:
 # %% ../../nbs/training/03_probe.ipynb #3b99a677
 def standardise(
     head: LinearProbe, # changed in place
-    tokens: EpochTokens, # of the training nights
+    items: Iterable[Mapping], # epoch tokens of the training nights, as `EpochTokens` holds them
 ) -> None:
     "Set the head's standardisation to the mean and variance of the valid epochs, channel by channel."
     for c, norm in enumerate(head.norms):
-        x = torch.cat([i["x"][c][~i["pad"][c]] for i in tokens.items])
+        x = torch.cat([i["x"][c][~i["pad"][c]] for i in items])
         if len(x) < 2: continue # a channel that no training night has stays as it is
-        norm.running_mean.copy_(x.mean(0))
-        norm.running_var.copy_(x.var(0))
+        norm.get_buffer("running_mean").copy_(x.mean(0))
+        norm.get_buffer("running_var").copy_(x.var(0))
 
 # %% ../../nbs/training/03_probe.ipynb #65de652d
 def train_probe(
@@ -115,10 +119,10 @@ def train_probe(
     with seeded(config.seed): head = LinearProbe.of(encoder, seconds_per_epoch=config.epoch_length)
     facts = _begin(store, split, encoder, out, config, "probe")
     data = {part: EpochTokens(encoder, _windows(store, split.parts[part], encoder, config)) for part in ("train", "val")}
-    standardise(head, data["train"])
+    standardise(head, data["train"].items)
     fit(ProbeTraining(head, config), data["train"], data["val"], out, progress, collate_tokens)
     if weights_hash(encoder) != before: raise ConfigError("the frozen encoder was changed", path=out, remedy="this is a mistake of ours: please report it")
-    return _end(Stager(encoder, head.cpu(), Recipe.from_dict(store.recipe), facts), out)
+    return _end(Stager(encoder, head.cpu(), Recipe.from_dict(store.recipe), facts), split, out)
 
 def train_supervised(
     store: Store,
@@ -133,9 +137,38 @@ def train_supervised(
     facts = _begin(store, split, encoder, out, config, "supervised")
     stager = Stager(copy.deepcopy(encoder), head, Recipe.from_dict(store.recipe), facts)
     data = {part: _windows(store, split.parts[part], encoder, config) for part in ("train", "val")}
-    standardise(head, EpochTokens(encoder, data["train"]))
+    standardise(head, EpochTokens(encoder, data["train"]).items)
     fit(StageTraining(stager, config), data["train"], data["val"], out, progress)
-    return _end(stager.cpu(), out)
+    return _end(stager.cpu(), split, out)
+
+# %% ../../nbs/training/03_probe.ipynb #0a36ba71
+def cross_validate(
+    encoder: PatchTransformer, # frozen; encodes the recording once, as a whole
+    rec: Recording, # prepared, with stages
+    folds: Sequence[tuple[np.ndarray, np.ndarray]], # training and test epochs of each fold, as `block_folds` gives them
+    config: StagingConfig = StagingConfig(), # settings
+) -> Hypnogram: # with probabilities; epochs that are in no test set are UNSCORED
+    "Stages of a recording from linear probes, each trained on the other folds. Raises `ConfigError` when the recording has no stages."
+    if rec.hypnogram is None: raise ConfigError("no stages to learn from", path=rec.id, remedy="align it with its hypnogram first")
+    h = rec.hypnogram
+    w = load_window(rec, encoder.config.channels, 0, len(h), h.epoch_length)
+    with torch.inference_mode(): tokens = epoch_tokens(encoder.eval().encode(w["x"][None], w["pad"][None]), h.epoch_length)
+    values, pad = tokens.values.clone(), tokens.pad.clone()
+    probabilities = np.full((len(h), 5), np.nan, "float32")
+    for train, test in folds:
+        with seeded(config.seed): head = LinearProbe.of(encoder, seconds_per_epoch=h.epoch_length)
+        item = dict(x=values[0][:, train], pad=pad[0][:, train], stages=w["stages"][train], id=rec.id)
+        _fit_head(head, item, config)
+        with torch.inference_mode(): probabilities[test] = head(Tokens(values[:, :, test], pad[:, :, test], h.epoch_length))[0].softmax(-1).numpy()
+    staged = ~np.isnan(probabilities).any(1)
+    return replace(h, stages=np.where(staged, probabilities.argmax(1), int(Stage.UNSCORED)), probabilities=probabilities, scorer="cross-validated probe")
+
+# %% ../../nbs/training/03_probe.ipynb #12762e80
+def _fit_head(head: LinearProbe, item: dict, config: StagingConfig) -> None:
+    "Train a head on the epochs of one recording; nothing is kept of the run."
+    standardise(head, [item])
+    with tempfile.TemporaryDirectory() as folder: fit(ProbeTraining(head, config), [item], [], folder, False, collate_tokens)
+    head.cpu().eval()
 
 # %% ../../nbs/training/03_probe.ipynb #68f5bd94
 def _windows(store: Store, ids: Sequence[str], encoder: PatchTransformer, config: StagingConfig) -> WindowDataset:
@@ -152,9 +185,10 @@ def _begin(store: Store, split: Split, encoder: PatchTransformer, out: str | Pat
     start_run(out, facts)
     return facts
 
-def _end(stager: Stager, out: str | Path) -> Stager:
+def _end(stager: Stager, split: Split, out: str | Path) -> Stager:
+    "Save the stager, and beside it the split, so that an evaluation knows whom it has seen."
     sizes = dict(encoder_parameters=n_parameters(stager.encoder), head_parameters=n_parameters(stager.head))
     stager.provenance |= dict(weights=weights_hash(stager), **sizes)
-    save_stager(stager.eval(), Path(out) / "stager")
+    split.save(save_stager(stager.eval(), Path(out) / "stager") / "split.json")
     finish_run(out, dict(weights=stager.provenance["weights"], **sizes))
     return stager

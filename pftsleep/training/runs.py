@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +49,10 @@ class LoopConfig:
 # %% ../../nbs/training/01_runs.ipynb #298d7afd
 class EpochSampler(Sampler):
     "A new order for each epoch, known from (seed, epoch) alone; Lightning tells the epoch by `set_epoch`."
-    def __init__(self, n: int, seed: int): self.n, self.seed, self.epoch = n, seed, 0
+    def __init__(self,
+        n: int, # number of windows
+        seed: int, # of the run
+    ): self.n, self.seed, self.epoch = n, seed, 0
     def set_epoch(self, epoch: int) -> None: self.epoch = epoch
     def __len__(self) -> int: return self.n
     def __iter__(self) -> Iterator[int]: return iter(torch.randperm(self.n, generator=step_generator(self.seed, self.epoch, "order")).tolist())
@@ -63,7 +67,9 @@ def step_generator(
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 @contextmanager
-def seeded(seed: int):
+def seeded(
+    seed: int, # of the global generator, for as long as the context lasts
+):
     "Draw from torch's global generator as if freshly seeded, and put it back afterwards; for building models."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -124,14 +130,16 @@ def start_run(
     return folder
 
 def finish_run(
-    folder: str | Path,
+    folder: str | Path, # of the run
     results: Mapping, # what came out; plain data
 ) -> None:
     "Add the results to run.json."
     file = Path(folder) / "run.json"
     _write_json(file, json.loads(file.read_text()) | dict(results=dict(results)))
 
-def weights_hash(module: nn.Module) -> str: # 16 hexadecimal digits
+def weights_hash(
+    module: nn.Module, # on any device
+) -> str: # 16 hexadecimal digits
     "A hash over names, shapes and bytes of all weights and buffers."
     digest = hashlib.sha256()
     for name, t in sorted(module.state_dict().items()): digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -147,22 +155,22 @@ def _write_json(file: Path, value) -> None:
 def fit(
     module: Training,
     train: Dataset, # of windows
-    val: Dataset, # of windows
+    val: Dataset, # of windows; may be empty
     folder: str | Path, # where checkpoints and logs go; a checkpoint that is there is continued
     progress: bool = True, # show a progress bar
     collate: Callable = collate_nights, # items -> batch
-) -> pd.DataFrame: # one row per epoch
+) -> pd.DataFrame: # one row per epoch; without validation windows `val_loss` is NaN
     "Train for `config.epochs`, going on from the last checkpoint if there is one."
     c, folder = module.config, Path(folder)
     loaders = [DataLoader(d, c.batch_size, sampler=s, num_workers=c.workers, collate_fn=collate, multiprocessing_context="spawn" if c.workers else None,
-        persistent_workers=c.workers > 0) for d, s in ((train, EpochSampler(len(train), c.seed)), (val, None))] # type: ignore[arg-type]
+        persistent_workers=c.workers > 0) for d, s in ((train, EpochSampler(len(train), c.seed)), (val, None)) if len(d)] # type: ignore[arg-type]
     last = folder / "checkpoints" / "last.ckpt"
     with _quiet():
         trainer = L.Trainer(max_epochs=c.epochs, accelerator=c.accelerator, devices=c.devices, precision=c.precision, gradient_clip_val=c.clip, # type: ignore[arg-type]
             logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="", version="tensorboard")], log_every_n_steps=1, num_sanity_val_steps=0,
-            callbacks=[ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", save_last=True, save_top_k=1), *([TQDMProgressBar()] if progress else [])],
-            enable_progress_bar=progress, enable_model_summary=False)
-        trainer.fit(module, loaders[0], loaders[1], ckpt_path=last if last.exists() else None)
+            callbacks=[ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", save_last=True, save_top_k=1), *([TQDMProgressBar()] if progress and sys.stdout.isatty() else [])],
+            enable_progress_bar=progress and sys.stdout.isatty(), enable_model_summary=False)
+        trainer.fit(module, loaders[0], loaders[1] if len(loaders) > 1 else None, ckpt_path=last if last.exists() else None)
     return history(folder)
 
 # %% ../../nbs/training/01_runs.ipynb #82cbbf8f
@@ -179,9 +187,11 @@ def _quiet():
         finally: log.setLevel(level)
 
 # %% ../../nbs/training/01_runs.ipynb #391d2b00
-def history(folder: str | Path) -> pd.DataFrame: # columns epoch, train_loss, val_loss
+def history(
+    folder: str | Path, # of a run
+) -> pd.DataFrame: # columns epoch, train_loss, val_loss
     "The curve of a run, put together from all its starts; where an epoch was run twice, the later one counts."
     starts = sorted(Path(folder).glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.removeprefix("version_")))
     if not starts: return pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
     lines = pd.concat([pd.read_csv(p) for p in starts], ignore_index=True)
-    return lines.groupby("epoch", as_index=False).last()[["epoch", "train_loss", "val_loss"]]
+    return lines.groupby("epoch", as_index=False).last().reindex(columns=["epoch", "train_loss", "val_loss"])
