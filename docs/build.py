@@ -118,7 +118,7 @@ def cards(found: list[Chapter]) -> str:
     for wing, about in WINGS.items():
         own = [c for c in found if c.wing == wing and c.page != "index"]
         if not own: continue
-        names = ", ".join(c.title[0].lower() + c.title[1:] if c.title[1:2].islower() else c.title for c in own)
+        names = ", ".join(c.title if c.title[:2].isupper() else c.title[0].lower() + c.title[1:] for c in own)
         out += [f":::{{grid-item-card}} {wing.capitalize()}", f":link: /{wing}/index", ":link-type: doc", "", about, "", "{.wing-chapters}", f"{names[0].upper()}{names[1:]}", ":::"]
     return "\n".join([*out, "::::"])
 

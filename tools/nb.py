@@ -7,6 +7,7 @@
 A new notebook is a new .py file. Any number of files may be given; the first that fails stops the rest, and its notebook is left as it was.
 """
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,8 @@ def main() -> None:
     parser.add_argument("what", choices=["edit", "run", "done"])
     parser.add_argument("files", nargs="+", type=Path)
     args = parser.parse_args()
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found" # of kernels: tqdm misses a package for buttons, which the site can't show anyway
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     suffix = ".ipynb" if args.what == "edit" else ".py"
     for file in args.files:
         if file.suffix != suffix or not file.exists(): sys.exit(f"{file}: `{args.what}` takes an existing {suffix} file")

@@ -62,7 +62,9 @@ def make_parser(
         if action.dest in texts: action.help = texts[action.dest]
     return parser
 
-def help_texts(function: Callable) -> dict[str, str]: # parameter, or parameter.field -> text
+def help_texts(
+    function: Callable, # with docments
+) -> dict[str, str]: # parameter, or parameter.field -> text
     "The docments of a function and of the dataclasses among its defaults."
     texts = {k: v for k, v in docments(function).items() if v}
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}

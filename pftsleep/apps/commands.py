@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .evaluation import majority, predict, write_evaluation
 from .staging import find_recordings, stage_files
@@ -56,7 +56,7 @@ def stage(
 ) -> int: # exit code
     "Stage recordings: a table, EDF+ annotations and a report for each."
     stager, files = load_stager(model), find_recordings(source)
-    outcomes = list(tqdm(stage_files(files, stager, out), total=len(files), desc="stage", unit="night"))
+    outcomes = list(tqdm(stage_files(files, stager, out), total=len(files), desc="stage", unit="night", disable=None))
     ledger = Ledger(tuple(outcomes))
     print(f"{ledger}\nresults in {out}")
     return _code(ledger)

@@ -65,7 +65,11 @@ class Clock:
         print(f"    {self.seconds[name]} s", flush=True)
 
 # %% ../../nbs/apps/02_demo.ipynb #6a3f5fb3
-def make_store(out: Path, config: DemoConfig, clock: Clock) -> Store:
+def make_store(
+    out: Path, # folder of the demo
+    config: DemoConfig, # its size
+    clock: Clock, # notes the time
+) -> Store:
     "Simulate the cohort's files and convert them. Raises `StoreError` when a recording fails, since none should."
     with clock.step("simulate EDF and XML files"), ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         simulate_cohort(out / "cohort", config.subjects, hours=config.hours, seed=config.seed, montage=MONTAGE, executor=pool)
@@ -73,7 +77,14 @@ def make_store(out: Path, config: DemoConfig, clock: Clock) -> Store:
     if ledger.failed: raise StoreError(f"simulated recordings failed:\n{ledger}", path=out, remedy="this is a mistake of ours: please report it")
     return open_store(out / "store")
 
-def train_all(store: Store, split: Split, out: Path, config: DemoConfig, clock: Clock, progress: bool) -> dict[str, Stager]:
+def train_all(
+    store: Store, # of the simulated cohort
+    split: Split, # of its people
+    out: Path, # folder of the demo
+    config: DemoConfig, # its size
+    clock: Clock, # notes the time
+    progress: bool, # show progress bars
+) -> dict[str, Stager]: # by name
     "The three networks of the comparison, from the same initial weights."
     learn = PretrainConfig(epochs=config.pretrain_epochs, batch_size=2, learning_rate=3e-3, seed=config.seed, accelerator="cpu")
     probe = StagingConfig(epochs=config.probe_epochs, batch_size=4, learning_rate=1e-2, seed=config.seed, accelerator="cpu")
@@ -108,7 +119,15 @@ def _night(store: Store, id: str, h: Hypnogram) -> Figure:
     return figure
 
 # %% ../../nbs/apps/02_demo.ipynb #9d897ccb
-def demo_report(out: Path, store: Store, split: Split, stagers: dict[str, Stager], results: dict[str, Predictions], config: DemoConfig, clock: Clock) -> Report:
+def demo_report(
+    out: Path, # folder of the demo
+    store: Store, # of the simulated cohort
+    split: Split, # of its people
+    stagers: dict[str, Stager], # by name; the last one is shown in detail
+    results: dict[str, Predictions], # by name, baselines too
+    config: DemoConfig, # its size
+    clock: Clock, # knows the time
+) -> Report: # to be saved
     "The page of the demo."
     name, best = list(stagers.items())[-1]
     provenance = dict(seed=config.seed, recipe=store.recipe_hash, split=split.hash, **{f"weights of {n}": s.provenance["weights"] for n, s in stagers.items()})

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.recording import Hypnogram, Stage
 from ..data.signals import Recipe
@@ -49,7 +49,7 @@ def predict(
     if Recipe.from_dict(store.recipe).hash != stager.recipe.hash:
         raise ConfigError(f"the store's recipe {store.recipe_hash} is not the model's {stager.recipe.hash}", path=store.path, remedy="convert the recordings with the model's recipe")
     true = {i: _scored(store, i) for i in ids}
-    predicted = {i: _fit(stager.stage(store[i]), true[i]) for i in tqdm(ids, desc="stage", unit="night", disable=not progress)}
+    predicted = {i: _fit(stager.stage(store[i]), true[i]) for i in tqdm(ids, desc="stage", unit="night", disable=None if progress else True)}
     return Predictions(true, predicted, _subjects(store, ids))
 
 def majority(
@@ -79,7 +79,7 @@ def _fit(predicted: Hypnogram, true: Hypnogram) -> Hypnogram:
 
 # %% ../../nbs/apps/01_evaluation.ipynb #2f640906
 def evaluation_report(
-    title: str,
+    title: str, # of the page
     results: Mapping[str, Predictions], # by the name of what was judged; the last one is shown in detail
     provenance: Mapping[str, object], # for the footer
 ) -> Report: # to be added to, or saved
@@ -120,8 +120,8 @@ def _draw(plot, size: tuple[float, float], *args) -> Figure:
 def write_evaluation(
     results: Mapping[str, Predictions], # by the name of what was judged
     out: str | Path, # folder, made when absent
-    title: str,
-    provenance: Mapping[str, object],
+    title: str, # of the page
+    provenance: Mapping[str, object], # for its footer
 ) -> Path: # the report
     "Write `metrics.csv` (all figures of all results), `predictions.csv` (every epoch of the last) and `report.html`."
     out = Path(out)

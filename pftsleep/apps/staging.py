@@ -76,7 +76,7 @@ def find_recordings(
     return found
 
 def stage_files(
-    files: Iterable[Path],
+    files: Iterable[Path], # EDF or BDF
     stager: Stager,
     out: str | Path, # folder for the results
 ) -> Iterator[Outcome]: # one per file, as they are finished
