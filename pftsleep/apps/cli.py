@@ -70,7 +70,7 @@ def help_texts(
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
     for name, value in defaults.items():
         if dataclasses.is_dataclass(value):
-            for c in reversed(type(value).__mro__[:-1]): texts |= {f"{name}.{k}": v for k, v in docments(c).items() if v}
+            for c in reversed(inspect.getmro(type(value))[:-1]): texts |= {f"{name}.{k}": v for k, v in docments(c).items() if v}
     return texts
 
 # %% ../../nbs/apps/05_cli.ipynb #6842204c

@@ -42,11 +42,11 @@ from ..training.runs import history
 @dataclass(frozen=True)
 class DemoConfig:
     "The size of the demo."
-    subjects: int = 40 # simulated people; 60 % of them are learned from, 15 % choose nothing but are watched, 25 % are judged
-    hours: float = 3. # of each night
+    subjects: int = 32 # simulated people; 60 % of them are learned from, 15 % choose nothing but are watched, 25 % are judged
+    hours: float = 2. # of each night
     seed: int = 0 # of everything
-    pretrain_epochs: int = 16 # passes over the training nights
-    supervised_epochs: int = 16 # the same for the network that learns from labels
+    pretrain_epochs: int = 14 # passes over the training nights
+    supervised_epochs: int = 6 # the same for the network that learns from labels
     probe_epochs: int = 60 # of the probes, which are cheap
 
 MONTAGE = {"EEG": 125, "EOG(L)": 50, "EMG": 125, "ECG": 125, "SaO2": 1, "THOR RES": 10} # a part of what SHHS recorded, at its rates
@@ -129,7 +129,7 @@ def demo_report(
     clock: Clock, # knows the time
 ) -> Report: # to be saved
     "The page of the demo."
-    name, best = list(stagers.items())[-1]
+    name = list(stagers)[-1]
     provenance = dict(seed=config.seed, recipe=store.recipe_hash, split=split.hash, **{f"weights of {n}": s.provenance["weights"] for n, s in stagers.items()})
     report = evaluation_report("pftsleep demo: from files to stages", results, provenance)
     first = split.parts["test"][0]

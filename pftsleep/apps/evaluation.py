@@ -90,7 +90,7 @@ def evaluation_report(
     report = Report(title, provenance)
     report.text(f"{len(last.true)} nights of {len(set(last.subjects.values()))} persons, none of whom was seen in training; {n_epochs} scored epochs. "
         "Values are pooled over epochs; brackets are 95 % intervals from drawing persons with replacement.")
-    report.table(compare_table(tables), "Agreement with the reference scoring")
+    report.table(compare_table(tables).T, "Agreement with the reference scoring")
     report.heading(name).figure(_draw(plot_confusion, (4.8, 4.3), last.confusion()), "Rows: reference; columns: model; shade: share of the row.", f"Confusion matrix of {name}.")
     for label, id in ranked_nights(last).items():
         figure = _draw(plot_comparison, (8, 3.4), last.true[id], last.predicted[id])
@@ -109,7 +109,7 @@ def ranked_nights(p: Predictions) -> dict[str, str]: # 'best', 'median', 'worst'
 
 # %% ../../nbs/apps/01_evaluation.ipynb #795b78f7
 def _kappa(p: Predictions, id: str) -> str:
-    return f"kappa {staging_metrics(p.true[id].stages, p.predicted[id].stages).loc['kappa', 'pooled']:.2f}"
+    return f"kappa {staging_metrics([p.true[id].stages], [p.predicted[id].stages]).loc['kappa', 'pooled']:.2f}"
 
 def _draw(plot, size: tuple[float, float], *args) -> Figure:
     figure = Figure(figsize=size, layout="constrained")

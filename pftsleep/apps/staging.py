@@ -9,7 +9,6 @@ __all__ = ['stage_file', 'stage_table', 'write_staging', 'find_recordings', 'sta
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 

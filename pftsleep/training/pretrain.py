@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.datasets import WindowDataset, common_rate
+from ..data.datasets import Window, WindowDataset, common_rate
 from ..data.splits import Split
 from ..data.store import Store
 from ..errors import ConfigError
@@ -61,6 +61,13 @@ class MaskedPretraining(Training):
         mask = block_mask(hidden, self.config.mask_ratio, self.config.mask_block, generator)
         tokens = self.encoder.run(self.encoder.embed(patches.masked_fill(mask[..., None], 0)), hidden)
         return self.decoder(tokens), self.targets(patches), mask, hidden
+    @torch.no_grad()
+    def start_at_mean(self, window: Window) -> None:
+        "Let the first prediction be the mean target of a window, so that no step is spent on finding out how large a spectrum is."
+        patches, hidden = self.encoder.patches(window["x"][None], window["pad"][None])
+        assert hidden is not None
+        keep = (~hidden)[..., None].to(patches)
+        self.decoder.bias.copy_((self.targets(patches) * keep).sum((0, 2)) / keep.sum((0, 2)).clamp(min=1))
     def batch_loss(self, batch: Mapping, generator: torch.Generator) -> Tensor:
         prediction, target, mask, hidden = self.predict(batch["x"], batch["pad"], generator)
         return region_loss(prediction, target, mask, hidden, self.config.visible_weight)
@@ -102,6 +109,7 @@ def pretrain(
     start_run(out, dict(task="pretrain", config=asdict(config), recipe=store.recipe_hash, split=split.hash))
     data = {part: WindowDataset(store, split.parts.get(part, ()), config.channels, config.window) for part in ("train", "val")}
     with seeded(config.seed + 1): task = MaskedPretraining(encoder, config)
+    task.start_at_mean(data["train"][0])
     curve = fit(task, data["train"], data["val"], out, progress)
     encoder.cpu().eval().save_pretrained(Path(out) / "encoder")
     finish_run(out, dict(losses=json.loads(curve.iloc[-1].to_json()), weights=weights_hash(encoder), parameters=n_parameters(encoder)))

@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from .. import __version__
 from ..data.datasets import collate_nights
@@ -154,23 +154,23 @@ def _write_json(file: Path, value) -> None:
 # %% ../../nbs/training/01_runs.ipynb #fcf84d9f
 def fit(
     module: Training,
-    train: Dataset, # of windows
-    val: Dataset, # of windows; may be empty
+    train: Sized, # windows: a map-style dataset or a list
+    val: Sized, # the same; may be empty
     folder: str | Path, # where checkpoints and logs go; a checkpoint that is there is continued
     progress: bool = True, # show a progress bar
     collate: Callable = collate_nights, # items -> batch
 ) -> pd.DataFrame: # one row per epoch; without validation windows `val_loss` is NaN
     "Train for `config.epochs`, going on from the last checkpoint if there is one."
     c, folder = module.config, Path(folder)
-    loaders = [DataLoader(d, c.batch_size, sampler=s, num_workers=c.workers, collate_fn=collate, multiprocessing_context="spawn" if c.workers else None,
-        persistent_workers=c.workers > 0) for d, s in ((train, EpochSampler(len(train), c.seed)), (val, None)) if len(d)] # type: ignore[arg-type]
+    load = lambda data, order: DataLoader(data, c.batch_size, sampler=order, num_workers=c.workers, collate_fn=collate, persistent_workers=c.workers > 0, # type: ignore[arg-type]
+        multiprocessing_context="spawn" if c.workers else None)
     last = folder / "checkpoints" / "last.ckpt"
     with _quiet():
         trainer = L.Trainer(max_epochs=c.epochs, accelerator=c.accelerator, devices=c.devices, precision=c.precision, gradient_clip_val=c.clip, # type: ignore[arg-type]
             logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="", version="tensorboard")], log_every_n_steps=1, num_sanity_val_steps=0,
             callbacks=[ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", save_last=True, save_top_k=1), *([TQDMProgressBar()] if progress and sys.stdout.isatty() else [])],
             enable_progress_bar=progress and sys.stdout.isatty(), enable_model_summary=False)
-        trainer.fit(module, loaders[0], loaders[1] if len(loaders) > 1 else None, ckpt_path=last if last.exists() else None)
+        trainer.fit(module, load(train, EpochSampler(len(train), c.seed)), load(val, None) if len(val) else None, ckpt_path=last if last.exists() else None)
     return history(folder)
 
 # %% ../../nbs/training/01_runs.ipynb #82cbbf8f
