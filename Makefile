@@ -16,7 +16,7 @@ env: ## set up .venv, or bring it up to date
 
 .PHONY: demo
 demo: env ## simulate a cohort, pretrain, probe, stage unseen sleepers, write demo/report.html
-	@env -u OMP_NUM_THREADS $(VENV)/bin/pftsleep demo --out demo
+	@env -u OMP_NUM_THREADS OMP_WAIT_POLICY=passive $(VENV)/bin/pftsleep demo --out demo
 
 .PHONY: test
 test: env ## every check of a change, ending in "N passed, M failed"

@@ -16,10 +16,11 @@ def make_cohort(
 ) -> None:
     "Simulate a cohort of EDF files with their stages and events."
     rows = simulate_cohort(folder, subjects, nights, hours, seed, montage)
-    print(f"{len(rows)} nights of {rows['subject'].nunique()} people in {Path(folder)}")
+    print(f"{len(rows)} nights of {rows['subject'].nunique()} people in {folder}")
 
 
 if __name__ == "__main__":
     parser = make_parser("make_cohort", make_cohort)
+    parser.prog = Path(__file__).name
     values = parser.instantiate(parser.parse_args(sys.argv[1:]))
     make_cohort(**{k: v for k, v in values.items() if k != "config"})

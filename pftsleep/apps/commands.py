@@ -38,6 +38,7 @@ def convert(
     workers: int | None = None, # worker processes; one per core if not given
 ) -> int: # exit code
     "Convert a folder of EDF files and annotations to a store of prepared recordings."
+    if workers is not None and workers < 1: raise ConfigError(f"{workers} workers", remedy="at least 1")
     recipe = load_stager(model).recipe if model else Recipe.default(channels, rate)
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else nullcontext(None)
     with pool as executor: ledger = conversion.convert(COHORTS[cohort], source, store, recipe, executor, policy)

@@ -43,7 +43,7 @@ from ..training.runs import history
 class DemoConfig:
     "The size of the demo."
     subjects: int = 32 # simulated people; 60 % of them are learned from, 15 % choose nothing but are watched, 25 % are judged
-    hours: float = 2. # of each night
+    hours: float = 1.5 # of each night
     seed: int = 0 # of everything
     pretrain_epochs: int = 14 # passes over the training nights
     supervised_epochs: int = 6 # the same for the network that learns from labels

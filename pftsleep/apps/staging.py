@@ -72,6 +72,8 @@ def find_recordings(
     skip = ("hypnogram", "-stages")
     found = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".edf", ".bdf") and not p.stem.lower().endswith(skip))
     if not found: raise ReadError("no EDF or BDF file", path=source, remedy="give a recording, or a folder that holds some")
+    stems = {p.stem: p for p in found}
+    if twice := [p for p in found if stems[p.stem] != p]: raise ReadError(f"two recordings are called {twice[0].stem}", path=twice[0], remedy=f"rename one; the other is {stems[twice[0].stem]}")
     return found
 
 def stage_files(

@@ -11,6 +11,7 @@ from pathlib import Path
 from .demo import DemoConfig, run_demo
 from ..data.splits import Split, make_split
 from ..data.store import Store, open_store
+from ..errors import ConfigError
 from ..models.transformer import PatchTransformer, n_parameters
 from ..training import pretrain as pretraining
 from ..training.pretrain import PretrainConfig
@@ -52,7 +53,8 @@ def _split(store: Store, out: str, given: str | None, seed: int) -> Split:
     mine = Path(out) / "split.json"
     who = Split.load(given) if given else Split.load(mine) if mine.exists() else make_split(store.manifest, seed=seed)
     who.check(store.manifest)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    try: Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ConfigError(f"no run can be kept here: {e.strerror}", path=out, remedy="choose another folder") from e
     who.save(mine)
     return who
 

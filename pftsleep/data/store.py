@@ -193,9 +193,10 @@ class Store:
         self.path = Path(path)
         try: facts = json.loads((self.path / "store.json").read_text())
         except FileNotFoundError as e: raise StoreError("no store here", path=path, remedy="give the folder that holds store.json, or make one with `pftsleep convert`") from e
+        except OSError as e: raise StoreError(f"no store here: {e.strerror}", path=path, remedy="give the folder that holds store.json, or make one with `pftsleep convert`") from e
         except ValueError as e: raise StoreError("store.json is damaged", path=path, remedy="restore it, or convert into a new folder") from e
-        self.recipe: dict = facts["recipe"]
-        self.recipe_hash: str = facts["recipe_hash"]
+        try: self.recipe, self.recipe_hash = dict(facts["recipe"]), str(facts["recipe_hash"])
+        except (KeyError, TypeError, ValueError) as e: raise StoreError("store.json is damaged", path=path, remedy="restore it, or convert into a new folder") from e
 
     @property
     def recordings(self) -> Path: return self.path / "recordings"

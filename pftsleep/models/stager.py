@@ -72,11 +72,12 @@ def load_stager(
     folder: str | Path, # written by `save_stager`
 ) -> Stager: # in eval mode
     "Read a stager. Raises `ModelError` when a part is missing, changed, or doesn't fit the others."
-    folder = Path(folder)
+    folder, again = Path(folder), "copy the folder again"
     try: facts = json.loads((folder / "stager.json").read_text())
     except FileNotFoundError as e: raise ModelError("no stager here", path=folder, remedy="give a folder that holds stager.json, as `pftsleep probe` writes it") from e
-    except (ValueError, OSError) as e: raise ModelError(f"stager.json can't be read: {e}", path=folder) from e
-    if facts.get("format") != "pftsleep-stager/1": raise ModelError(f"format {facts.get('format')!r} is not one of this version", path=folder)
+    except (ValueError, OSError) as e: raise ModelError(f"stager.json can't be read: {e}", path=folder, remedy=again) from e
+    if not isinstance(facts, dict) or facts.get("format") != "pftsleep-stager/1": raise ModelError("stager.json has a format that is not one of this version", path=folder, remedy=again)
     encoder, head = PatchTransformer.from_pretrained(folder / "encoder"), LinearProbe.from_pretrained(folder / "head")
-    if encoder.config.channels != head.config.channels: raise ModelError("encoder and head were made for different channels", path=folder)
-    return Stager(encoder, head, Recipe.from_dict(facts["recipe"]), facts["provenance"]).eval()
+    if encoder.config.channels != head.config.channels: raise ModelError("encoder and head were made for different channels", path=folder, remedy=again)
+    try: return Stager(encoder, head, Recipe.from_dict(facts["recipe"]), facts["provenance"]).eval()
+    except (KeyError, TypeError) as e: raise ModelError(f"stager.json lacks {e}", path=folder, remedy=again) from e

@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..models.heads import LinearProbe, epoch_tokens
 from ..models.stager import Stager, save_stager
 from ..models.transformer import PatchTransformer, Tokens, n_parameters
-from .runs import LoopConfig, Training, finish_run, fit, seeded, start_run, weights_hash
+from .runs import LoopConfig, Training, finish_run, fit, one_thread, seeded, start_run, weights_hash
 
 # %% ../../nbs/training/03_probe.ipynb #3726efe8
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def train_probe(
     facts = _begin(store, split, encoder, out, config, "probe")
     data = {part: EpochTokens(encoder, _windows(store, split.parts[part], encoder, config)) for part in ("train", "val")}
     standardise(head, data["train"].items)
-    fit(ProbeTraining(head, config), data["train"], data["val"], out, progress, collate_tokens)
+    with one_thread(): fit(ProbeTraining(head, config), data["train"], data["val"], out, progress, collate_tokens)
     if weights_hash(encoder) != before: raise ConfigError("the frozen encoder was changed", path=out, remedy="this is a mistake of ours: please report it")
     return _end(Stager(encoder, head.cpu(), Recipe.from_dict(store.recipe), facts), split, out)
 
@@ -167,7 +167,7 @@ def cross_validate(
 def _fit_head(head: LinearProbe, item: dict, config: StagingConfig) -> None:
     "Train a head on the epochs of one recording; nothing is kept of the run."
     standardise(head, [item])
-    with tempfile.TemporaryDirectory() as folder: fit(ProbeTraining(head, config), [item], [], folder, False, collate_tokens)
+    with tempfile.TemporaryDirectory() as folder, one_thread(): fit(ProbeTraining(head, config), [item], [], folder, False, collate_tokens)
     head.cpu().eval()
 
 # %% ../../nbs/training/03_probe.ipynb #68f5bd94
