@@ -61,10 +61,13 @@ if __name__ == "__main__":
 """
 
 
-def start_convert(source, store, tmp_path, **kwargs):
+def start_convert(source, store, tmp_path, also=lambda: None):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, script, source, store], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    def prepare(): # a shell in the background hands down an ignored SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        also()
+    return subprocess.Popen([sys.executable, script, source, store], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare)
 
 
 def finished(store: Path) -> list[Path]: return sorted((store / "recordings").glob("*.zarr"))
@@ -114,7 +117,7 @@ def test_full_disk(source, tmp_path):
     """A file-size limit stands in for a full disk: the write fails with an OSError in mid-recording."""
     store = tmp_path / "store"
     limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
-    process = start_convert(source, store, tmp_path, preexec_fn=limit)
+    process = start_convert(source, store, tmp_path, limit)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()[-2000:]
     assert b"0 done, 0 skipped, 12 failed" in out and b"StoreError" in out and b"free some space" in out

@@ -6,9 +6,7 @@
 __all__ = ['convert', 'stage', 'unseen', 'evaluate']
 
 # %% ../../nbs/apps/03_commands.ipynb #d3938181
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +38,7 @@ def convert(
     "Convert a folder of EDF files and annotations to a store of prepared recordings."
     if workers is not None and workers < 1: raise ConfigError(f"{workers} workers", remedy="at least 1")
     recipe = load_stager(model).recipe if model else Recipe.default(channels, rate)
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else nullcontext(None)
+    pool = conversion.worker_pool(workers) if workers else nullcontext(None)
     with pool as executor: ledger = conversion.convert(COHORTS[cohort], source, store, recipe, executor, policy)
     print(ledger)
     print(open_store(store))

@@ -7,13 +7,10 @@ __all__ = ['MONTAGE', 'RECIPE', 'DemoConfig', 'Clock', 'make_store', 'train_all'
 
 # %% ../../nbs/apps/02_demo.ipynb #708a8b28
 import json
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +20,7 @@ from .. import __version__
 from .evaluation import Predictions, evaluation_report, majority, predict
 from .staging import stage_files
 from ..data.cohorts import SIMULATED
-from ..data.convert import convert
+from ..data.convert import convert, worker_pool
 from ..data.recording import Hypnogram, Stage
 from ..data.signals import Recipe
 from ..data.simulate import simulate_cohort
@@ -71,7 +68,7 @@ def make_store(
     clock: Clock, # notes the time
 ) -> Store:
     "Simulate the cohort's files and convert them. Raises `StoreError` when a recording fails, since none should."
-    with clock.step("simulate EDF and XML files"), ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with clock.step("simulate EDF and XML files"), worker_pool() as pool:
         simulate_cohort(out / "cohort", config.subjects, hours=config.hours, seed=config.seed, montage=MONTAGE, executor=pool)
     with clock.step("convert to a store"): ledger = convert(SIMULATED, out / "cohort", out / "store", RECIPE)
     if ledger.failed: raise StoreError(f"simulated recordings failed:\n{ledger}", path=out, remedy="this is a mistake of ours: please report it")

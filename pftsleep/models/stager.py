@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import load_window
+from ..data.datasets import common_rate, load_window
 from ..data.recording import Hypnogram, Recording, Stage
 from ..data.signals import Recipe
 from ..errors import ModelError, SignalError
@@ -47,7 +47,9 @@ class Stager(nn.Module):
         "Stage a whole recording at once. Epochs without any signal are UNSCORED. Raises `ModelError` for other channels or rates, `SignalError` for less than an epoch."
         epochs = int(rec.duration / self.epoch_length + 1e-9)
         if not epochs: raise SignalError(f"{rec.duration:g} s are less than one epoch of {self.epoch_length:g} s", path=rec.id, remedy="nothing can be staged")
-        self.encoder.config.check([c for c in self.channels if c in rec.channels], rec[self.channels[0]].fs if self.channels[0] in rec.channels else 0)
+        if missing := [c for c in self.channels if c not in rec.channels]:
+            raise ModelError(f"no channel {', '.join(missing)}", path=rec.id, remedy=f"this model was trained on {', '.join(self.channels)}; the recording has {', '.join(rec.channels)}")
+        self.encoder.config.check(self.channels, common_rate(rec, self.channels))
         w = load_window(rec, self.channels, 0, epochs, self.epoch_length)
         device = next(self.parameters()).device
         probabilities = self.eval()(w["x"][None].to(device), w["pad"][None].to(device))[0].softmax(-1).cpu().numpy()

@@ -186,7 +186,7 @@ def fit(
     with _quiet():
         try: trainer = L.Trainer(default_root_dir=folder, max_epochs=c.epochs, accelerator=c.accelerator, devices=c.devices, precision=c.precision, gradient_clip_val=c.clip, # type: ignore[arg-type]
             logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="", version="tensorboard")], log_every_n_steps=1, num_sanity_val_steps=0,
-            callbacks=[ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", save_last=True, save_top_k=1), *([TQDMProgressBar()] if progress and sys.stdout.isatty() else [])],
+            callbacks=[ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_last=True, save_top_k=1), *([TQDMProgressBar()] if progress and sys.stdout.isatty() else [])],
             enable_progress_bar=progress and sys.stdout.isatty(), enable_model_summary=False)
         except (ValueError, MisconfigurationException) as e: raise ConfigError(f"this machine can't train so: {e}", path=folder, remedy="change `accelerator`, `devices` or `precision`") from e
         with _interruptible(trainer): trainer.fit(module, load(train, EpochSampler(len(train), c.seed)), load(val, None) if len(val) else None, ckpt_path=last)
@@ -220,7 +220,8 @@ def history(
     folder: str | Path, # of a run
 ) -> pd.DataFrame: # columns epoch, train_loss, val_loss
     "The curve of a run, put together from all its starts; where an epoch was run twice, the later one counts."
-    starts = sorted(Path(folder).glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.removeprefix("version_")))
+    written = [p for p in Path(folder).glob("logs/version_*/metrics.csv") if p.stat().st_size] # a kill may leave an empty one
+    starts = sorted(written, key=lambda p: int(p.parent.name.removeprefix("version_")))
     if not starts: return pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
     lines = pd.concat([pd.read_csv(p) for p in starts], ignore_index=True)
     return lines.groupby("epoch", as_index=False).last().reindex(columns=["epoch", "train_loss", "val_loss"])
