@@ -12,7 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from .evaluation import majority, predict, write_evaluation
+from .evaluation import UNSEEN, majority, predict, write_evaluation
 from .staging import find_recordings, stage_files
 from ..data import convert as conversion
 from ..data.cohorts import COHORTS
@@ -82,6 +82,6 @@ def evaluate(
     stager, recordings = load_stager(model), open_store(store)
     ids = unseen(recordings, model)
     results = {"most frequent stage": majority(recordings, ids, ids), "model": predict(stager, recordings, ids)}
-    report = write_evaluation(results, out, f"Evaluation on {recordings.path.name}", stager.provenance)
+    report = write_evaluation(results, out, f"Evaluation on {recordings.path.name}", stager.provenance, UNSEEN)
     print(f"{len(ids)} nights of unseen people\n{compare_table({n: p.metrics() for n, p in results.items()}).T.to_string()}\nresults in {report.parent}")
     return 0

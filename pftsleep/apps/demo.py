@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .. import __version__
-from .evaluation import Predictions, evaluation_report, majority, predict
+from .evaluation import UNSEEN, Predictions, evaluation_report, majority, predict
 from .staging import stage_files
 from ..data.cohorts import SIMULATED
 from ..data.convert import convert, worker_pool
@@ -128,7 +128,7 @@ def demo_report(
     "The page of the demo."
     name = list(stagers)[-1]
     provenance = dict(seed=config.seed, recipe=store.recipe_hash, split=split.hash, **{f"weights of {n}": s.provenance["weights"] for n, s in stagers.items()})
-    report = evaluation_report("pftsleep demo: from files to stages", results, provenance)
+    report = evaluation_report("pftsleep demo: from files to stages", results, provenance, UNSEEN)
     first = split.parts["test"][0]
     report.heading("One unseen night").figure(_night(store, first, results[name].predicted[first]), f"Night {first} as the {name} sees it.", f"Spectrogram, hypnodensity and two hypnograms of night {first}.")
     report.heading("How it was learned").figure(_curves(out), "The curves end where the schedule ends; the last weights are used, none were chosen by looking.", "Training and validation loss over time.")
