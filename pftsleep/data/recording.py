@@ -175,6 +175,7 @@ class Recording:
     events: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=EVENT_COLUMNS)) # everything else that was annotated
     issues: tuple[ReadIssue, ...] = () # what the reader repaired, skipped or dropped
     provenance: Mapping[str, object] = field(default_factory=dict) # format, source hash, alignment, recipe
+    group: str | None = None # what stays on one side of a split, such as a family; `subject` where None
 
     @property
     def duration(self) -> float: return max((c.duration for c in self.channels.values()), default=0.) # s
