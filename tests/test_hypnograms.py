@@ -110,8 +110,8 @@ def test_changes_on_a_grid_that_does_not_begin_at_zero():
 
 @needs_realdata
 @pytest.mark.parametrize("name", ["psg_edf/sleepedf_SC4001_5min.edf", "psg_edf/format_quirks/pyedflib_test_subsecond.edf",
-    "annotations_xml/noxturnal_events_example_unicode.csv", "PROVENANCE.md", "cinc2018/tr03-0005.arousal", "nhanes_xpt/PAXHD_H.xpt",
-    "hypnograms/slpdb/slp01a.an", "hypnograms"])
+    "PROVENANCE.md", "nhanes_xpt/PAXHD_H.xpt", "cinc2018/tr03-0005.hea", "hypnograms/slpdb/slp01a.hea", "actigraphy/pyActigraphy/test_sample_mesa.csv",
+    "actigraphy/actigraph_sleepr/GT3XPlus-RawData-Day01.agd", "hypnograms"])
 def test_files_without_stages_that_we_know_are_refused_by_name(name):
     with pytest.raises(HypnogramError) as e: read_hypnogram(REALDATA / name)
     assert Path(name).name in str(e.value) and e.value.remedy
@@ -276,8 +276,8 @@ def mimi(event): return f"<PSGAnnotation><ScoredEvents><ScoredEvent>{event}</Sco
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    (BOMB, "entities"), (XXE, "entities"), ("<PSGAnnotation>", "broken XML"), ("<PSGAnnotation/>", "none of 0 events"), ("<a/>", "root element 'a'"),
-    ("<CMPStudyConfig/>", "no sleep stages"), ("", "no lines"), ("  \n\n# nothing\n", "no lines"), ("W\nN1\nbad\n", "'bad' at line 3"),
+    (BOMB, "entities"), (XXE, "entities"), ("<PSGAnnotation>", "broken XML"), ("<PSGAnnotation/>", "none of 0 events is a sleep stage"), ("<a/>", "root element 'a'"),
+    ("<CMPStudyConfig/>", "none of 0 events is a sleep stage"), ("", "no lines"), ("  \n\n# nothing\n", "no lines"), ("W\nN1\nbad\n", "'bad' at line 3"),
     ("W\n\n\x00\n", "not a text file"), (profusion("<SleepStage>0</SleepStage>", length=-3), "epoch length of -3"),
     (profusion("<SleepStage>0</SleepStage>", "<SleepStage/>"), "unknown stage '' at epoch 2 of 2"),
     (mimi("<EventConcept>SDO:WakeState</EventConcept><Start>0</Start>"), "Duration of event 1 is missing"),
