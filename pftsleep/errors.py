@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PFTSleepError', 'ReadError', 'EDFError', 'HypnogramError', 'AlignmentError', 'ChannelError', 'SignalError',
-           'StoreError', 'SplitError', 'ConfigError', 'ModelError']
+           'StoreError', 'SplitError', 'ConfigError', 'ModelError', 'DownloadError']
 
 # %% ../nbs/00_errors.ipynb #8f83eead
 from pathlib import Path
@@ -36,3 +36,4 @@ class StoreError(PFTSleepError): "A store is missing, damaged, or can't be writt
 class SplitError(PFTSleepError): "A split leaks subjects or asks for the impossible."
 class ConfigError(PFTSleepError): "Settings that contradict each other or the data."
 class ModelError(PFTSleepError): "Weights that don't fit their configuration, or a model that doesn't fit its input."
+class DownloadError(PFTSleepError): "A file can't be fetched: not allowed, not there, or damaged on its way."
