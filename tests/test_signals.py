@@ -19,7 +19,7 @@ from scipy import signal
 from pftsleep.data.recording import Channel, Kind, Recording, array_channel
 from pftsleep.data.signals import (LINEAR, PHYSIOLOGICAL, Recipe, apply_recipe, finite_stretches, interpolate_invalid, process_channel, resample, resample_steps,
     select_channels, unit_factor, usable_band, zero_phase)
-from pftsleep.errors import ChannelError, ConfigError, SignalError
+from pftsleep.errors import ChannelError, ConfigError, EDFError, SignalError
 
 REALDATA = Path(__file__).parents[2] / "shared" / "realdata"
 real = pytest.mark.skipif(not REALDATA.exists(), reason="../shared/realdata is not here")
@@ -129,6 +129,25 @@ def test_none_means_every_physiological_channel():
     rec = recording(*(eeg([0., 1], name=k.value, kind=k) for k in Kind))
     assert {c.kind for c in select_channels(rec, None)} == PHYSIOLOGICAL
     with pytest.raises(ChannelError, match="every physiological one"): select_channels(recording(eeg([0.], kind="EVENT")), None)
+
+
+def test_roles_are_vaguer_than_names_and_labels_and_more_exact_than_kinds():
+    rec = recording(eeg([0., 1], name="O1-M2"), eeg([0., 1], name="C4"), eeg([0., 1], name="C3-M2", source_label="chin EMG"), eeg([0., 1], name="E1", kind="EOG", source_label="EEG"), eeg([0., 1], name="Chin", kind="EMG"))
+    names = lambda *requests: [c.name for c in select_channels(rec, requests)]
+    assert names("EEG central") == names("eeg CENTRAL ") == names("c3-a2") == names("C3_M2") == ["C3-M2"] # with its reference before without
+    assert names("EEG central", "EEG central") == ["C3-M2", "C4"]
+    assert names("EEG", "EEG central") == ["E1", "C3-M2"] # a label goes before all roles and kinds
+    assert names("chin EMG") == ["C3-M2"] and names("EEG occipital", "EMG") == ["O1-M2", "Chin"]
+    with pytest.raises(ChannelError, match=r"'EEG frontal'.*O1-M2 \(EEG occipital\); C4 \(EEG central\)"): names("EEG frontal")
+
+
+def test_a_role_is_a_name_in_every_study():
+    made = lambda *channels: apply_recipe(recording(*channels), Recipe("r", channels=("EEG central", "EOG left", "chin EMG", "thorax", "ECG"), rate=64.))
+    x = np.random.default_rng(0).normal(size=2560)
+    a = made(eeg(x, name="C4-M1"), eeg(x, name="E1-M2", kind="EOG"), eeg(x, name="Chin", kind="EMG"), eeg(x, name="Thorax", kind="RESP", unit=""), eeg(x, name="ECG", kind="ECG"))
+    b = made(eeg(x, name="ECG", kind="ECG"), eeg(x, name="THOR RES", kind="RESP"), eeg(x, name="EMG", kind="EMG"), eeg(x, name="LOC", kind="EOG"), eeg(x, name="c3_m2"))
+    assert list(a.channels) == list(b.channels) == ["EEG central", "EOG left", "chin EMG", "Thorax", "ECG"]
+    assert [i.problem for i in b.issues] == [f"{n}, is the recording's '{r}'" for n, r in [("c3_m2", "EEG central"), ("LOC", "EOG left"), ("EMG", "chin EMG"), ("THOR RES", "Thorax")]]
 
 
 # filters against scipy, in float64
@@ -397,9 +416,35 @@ def test_a_probe_that_was_off_all_the_time():
 @pytest.mark.parametrize("values,says", [([1., np.inf, 2], "1 samples are infinite"), ([np.nan] * 3, "one finite"), ([], "one finite"), ([7.] * 300, "every sample is 7"), ([7., np.nan, 7.], "flat")])
 @pytest.mark.parametrize("recipe", [Recipe.default(), Recipe.native()])
 def test_unusable_samples(values, says, recipe):
-    rec = recording(eeg(np.random.default_rng(0).normal(size=999)), eeg(values, name="C4-M1"))
-    with pytest.raises(SignalError, match=says) as e: apply_recipe(rec, recipe)
+    rec = recording(eeg(np.random.default_rng(0).normal(size=999)), eeg(values, name="C4-M1", source_label="EEG"))
+    with pytest.raises(SignalError, match=says) as e: apply_recipe(rec, replace(recipe, channels=("Cz", "C4-M1")))
     assert (e.value.path, e.value.channel) == ("night-7", "C4-M1") and e.value.remedy
+    done = apply_recipe(rec, recipe) # nobody has asked for this channel: the night goes on without it
+    assert list(done.channels) == ["Cz"] and [(i.action, i.channel) for i in done.issues] == [("skipped", "EEG")] and says in done.issues[0].problem and e.value.remedy in done.issues[0].problem
+
+
+@given(st.permutations(["good", "flat", "dead", "unitless", "slow"]), st.sets(st.sampled_from(["good", "flat", "dead", "unitless", "slow"]), min_size=1))
+@settings(max_examples=40, deadline=None)
+def test_what_cant_be_used_is_left_out_and_named(order, there):
+    x = np.random.default_rng(0).normal(0, 20, 2560).astype("float32")
+    made = dict(good=eeg(x, name="good"), flat=eeg(np.full(2560, 3.), name="flat"), dead=eeg(np.full(2560, np.nan), name="dead"), unitless=eeg(x, name="unitless", unit=""),
+        slow=eeg(x[:10], 1., name="slow", kind="EMG"))
+    rec = recording(*(made[n] for n in order if n in there))
+    if "good" not in there:
+        with pytest.raises((SignalError, ChannelError)) as e: apply_recipe(rec, Recipe.default())
+        assert all(n in str(e.value) for n in there) and e.value.path == "night-7"
+        return
+    done = apply_recipe(rec, Recipe.default())
+    assert list(done.channels) == ["good"] and {i.channel for i in done.issues if i.action == "skipped"} == there - {"good"}
+    np.testing.assert_array_equal(done["good"].samples(), apply_recipe(recording(made["good"]), Recipe.default())["good"].samples()) # the others left no trace
+    for n in there - {"good"}:
+        with pytest.raises((SignalError, ChannelError)): apply_recipe(rec, Recipe.default(channels=(n,)))
+
+
+def test_a_damaged_file_is_no_dead_channel():
+    def broken(a, b): raise EDFError("the file had 9 bytes when it was opened and has 8 now")
+    rec = recording(eeg(np.arange(999.)), Channel("C4", Kind.EEG, 256., "uV", 999, broken))
+    with pytest.raises(EDFError, match="night-7, channel 'C4': the file had"): apply_recipe(rec, Recipe.default())
 
 
 @pytest.mark.parametrize("seconds", [.6, 1, 2, 3, 5])

@@ -57,20 +57,43 @@ def _ascii(text: str) -> str:
 
 # %% ../../nbs/data/02_edf.ipynb #2b20df0c
 _ALIASES = { # canonical name: (kind, labels in lower case with everything but letters, digits and + as one space)
-    "ECG": (Kind.ECG, ("ecg", "ekg", "ecg l r", "ekg l r", "ecg ecg", "ecg ekg")),
-    "E1": (Kind.EOG, ("e1", "loc", "eog l", "eog left", "left eog", "eogl", "eog loc", "eog e1", "l eog")),
-    "E2": (Kind.EOG, ("e2", "roc", "eog r", "eog right", "right eog", "eogr", "eog roc", "eog e2", "r eog")),
-    "Chin": (Kind.EMG, ("chin", "cchin l", "chin emg", "emg chin", "emg submental", "submental", "emg l r", "chin1 chin2", "emg chin1 chin2")),
-    "SpO2": (Kind.SPO2, ("spo2", "sao2", "o2 sat", "o2sat", "osat", "spo2 spo2", "sao2 sao2", "sao2 spo2")),
-    "Thorax": (Kind.RESP, ("thorax", "thor res", "thoracic", "chest", "thor", "resp thorax", "resp chest", "effort tho")),
-    "Abdomen": (Kind.RESP, ("abdomen", "abdo res", "abdominal", "abd", "abdo", "resp abdomen", "resp abdominal", "effort abd")),
-    "Airflow": (Kind.RESP, ("airflow", "air flow", "resp oro nasal", "resp airflow")),
-    "HR": (Kind.HR, ("hr", "h r", "heart rate", "heartrate")),
-    "Position": (Kind.POSITION, ("position", "pos", "body position", "body pos", "bodypos", "body")),
+    "E1": (Kind.EOG, ("e1", "loc", "eog l", "eog left", "left eog", "eogl", "eog loc", "eog e1", "l eog", "left eye", "lefteye", "eog left horiz")),
+    "E2": (Kind.EOG, ("e2", "roc", "eog r", "eog right", "right eog", "eogr", "eog roc", "eog e2", "r eog", "right eye", "righteye", "eog right horiz")),
+    "Chin": (Kind.EMG, ("chin", "chin emg", "emg chin", "emg submental", "submental", "emg l r")),
+    "Chin L": (Kind.EMG, ("chin l", "l chin", "lchin", "chin left", "left chin")), "Chin R": (Kind.EMG, ("chin r", "r chin", "rchin", "chin right", "right chin")),
+    "Chin C": (Kind.EMG, ("chin c", "c chin", "cchin", "chin ctr", "chin center", "center chin")),
+    **{f"Chin{i}": (Kind.EMG, (f"chin{i}", f"chin {i}", f"emg chin{i}", f"emg chin {i}", f"eeg chin{i}")) for i in "123"},
+    "EMG": (Kind.EMG, ("emg",)),
+    "Leg L": (Kind.EMG, ("leg l", "l leg", "lleg", "leg left", "left leg", "emg leg l", "emg lleg", "leg l l leg", "lat", "emg lat", "tib l", "l tib", "plm l", "plml")),
+    "Leg R": (Kind.EMG, ("leg r", "r leg", "rleg", "leg right", "right leg", "emg leg r", "emg rleg", "leg r r leg", "rat", "emg rat", "tib r", "r tib", "plm r", "plmr")),
+    **{f"Leg {s.upper()}{i}": (Kind.EMG, (f"leg {s}{i}", f"{s}leg{i}", f"{s} leg{i}", f"{s}leg {i}", f"{side} leg{i}", f"{side} leg {i}")) for s, side in (("l", "left"), ("r", "right")) for i in "12"},
+    "Leg": (Kind.EMG, ("leg", "legs", "leg emg", "emg leg", "lleg rleg", "emg lleg rleg", "lleg r", "leg l leg r", "leg l r", "plm")), # one leg against the other, or nobody says which
+    "ECG": (Kind.ECG, ("ecg", "ekg", "ecg l r", "ekg l r", "ecg l ecg r", "ecg ecg", "ecg ekg", "ekg2 ekg", "ecg ekg2 ekg")),
+    "ECG L": (Kind.ECG, ("ecg l", "ekg l", "l ecg", "ecg left")), "ECG R": (Kind.ECG, ("ecg r", "ekg r", "r ecg", "ecg right")),
+    **{f"ECG{i}": (Kind.ECG, (f"ecg{i}", f"ecg {i}", f"ekg{i}", f"ekg {i}")) for i in "123"},
+    "Thorax": (Kind.RESP, ("thorax", "thor res", "thoracic", "chest", "thor", "tho", "resp thorax", "resp thoracic", "resp chest", "effort tho", "thor effort", "rip thor", "rip tho", "rip thorax", "resp belt thor")),
+    "Abdomen": (Kind.RESP, ("abdomen", "abdo res", "abdominal", "abd", "abdo", "resp abdomen", "resp abdominal", "effort abd", "abdo effort", "rip abdo", "rip abd", "rip abdomen", "resp belt abdo")),
+    "Effort sum": (Kind.RESP, ("effort sum", "sum", "rip sum")),
+    "Airflow": (Kind.RESP, ("airflow", "air flow", "new air", "resp oro nasal", "resp airflow", "therm", "thermistor", "resp thermistor", "thermocouple")), # by temperature
+    "Nasal pressure": (Kind.RESP, ("nasal pressure", "nas pres", "nasal pres", "nasal press", "nasal p", "npress", "ptaf", "resp ptaf", "cannula", "cannula flow", "cannulaflow", "nasal cannula", "resp cannula")),
+    "Flow": (Kind.RESP, ("flow", "resp flow", "flow patient")), # of a sensor that isn't named
+    "SpO2": (Kind.SPO2, ("spo2", "sao2", "o2 sat", "o2sat", "osat", "spo2 spo2", "sao2 sao2", "sao2 spo2", "oxygen saturation", "saturation")),
+    "HR": (Kind.HR, ("hr", "h r", "hrate", "heart rate", "heartrate")), "DHR": (Kind.HR, ("dhr",)), # the latter from the ECG
+    "Pulse": (Kind.HR, ("pulse", "pulse rate", "pulserate", "pr", "prate")), "Pleth": (Kind.OTHER, ("pleth", "plethwv", "plethysmogram", "ppg", "pulse wave")),
+    "EtCO2": (Kind.OTHER, ("etco2", "et co2")), "Capnogram": (Kind.OTHER, ("capnogram", "cap", "capno", "co2 wave")),
+    "Respiratory rate": (Kind.OTHER, ("respiratory rate", "resp rate", "resprate", "breathing rate")), # a number and not a breath
+    "PAP flow": (Kind.CPAP, ("pap flow", "cpap flow", "c flow")), "PAP pressure": (Kind.CPAP, ("pap pressure", "pap pres", "cpap pressure", "cpap press", "cpap pres")),
+    "Snore": (Kind.SNORE, ("snore", "snoring", "mic", "microphone", "snore mic")), "Light": (Kind.LIGHT, ("light",)),
+    "Position": (Kind.POSITION, ("position", "pos", "body position", "body pos", "bodypos", "body", "bpos", "pos sensor", "possensor", "position sensor")),
 }
+_CHIN = r"(?:emg |eeg )?(?:[lcr] ?chin|chin ?[lcr123])"
+_PAIRS = { # canonical name: one electrode against another, in the same form
+    "Chin": rf"{_CHIN} (?:{_CHIN}|[lcr123])", # 'Lchin-Cchin', 'cchin_l', 'EMG Chin1-Chin3'
+    "ECG": r"e[ck]g ?[123] (?:e[ck]g ?)?[123]", # 'ECG1-ECG2', 'ECG1_2'
+    "Leg L": r"(?:l ?leg|left leg|leg l) ?1 (?:(?:l ?leg|left leg|leg l) ?)?2", "Leg R": r"(?:r ?leg|right leg|leg r) ?1 (?:(?:r ?leg|right leg|leg r) ?)?2"}
 _CANONICAL = {label: (name, kind) for name, (kind, labels) in _ALIASES.items() for label in labels}
 _WORDS = { # whole words that tell the kind
-    Kind.EEG: "eeg", Kind.EOG: "eog eogv eogh veog heog loc roc", Kind.ECG: "ecg ekg", Kind.EMG: "emg chin cchin lchin rchin submental leg lleg rleg legs tib tibialis lat rat masseter",
+    Kind.EEG: "eeg", Kind.EOG: "eog eogv eogh veog heog loc roc", Kind.ECG: "ecg ekg", Kind.EMG: "emg chin cchin lchin rchin submental leg lleg rleg legs plm plml plmr tib tibialis lat rat masseter",
     Kind.RESP: "resp respiration respiratory thor thorax thoracic tho chest abd abdo abdomen abdominal airflow flow air nasal nas oral nasalflow oralflow oronasal cannula ptaf therm thermistor "
                "thermocouple pres press pressure effort rip xflow vth vab npress",
     Kind.SPO2: "spo2 sao2 sat osat saturation", Kind.HR: "hr dhr heart heartrate pulse pr prate", Kind.TEMP: "temp temperature", Kind.POSITION: "pos position bodypos",
@@ -80,7 +103,7 @@ _KIND_OF = {word: kind for kind, words in _WORDS.items() for word in words.split
 _PULSE_WAVE = {"pleth", "ppg", "wave", "waveform"} # a pulse with one of these is a curve and not a rate
 _ELECTRODE = r"(?:fp|af|fc|ft|cp|tp|po|f|c|t|p|o|i)(?:z|\d{1,2})|[am][12]" # the 10-10 system, mastoids and ears
 _EYE = r"e[12]|loc|roc"
-_DERIVATION = re.compile(rf"(?:(?:eeg|eog)[ _-]+)?({_ELECTRODE}|{_EYE})(?:\s*[-_/:]\s*([a-z][\w+]*)|[ ]?({_ELECTRODE}|ref))?", re.I)
+_DERIVATION = re.compile(rf"(?:(?:eeg|eog)[ _-]+)?({_ELECTRODE}|{_EYE})(?:\s*[-_/:]\s*(?:(?:eeg|eog)[ _-]+)?([a-z][\w+]*)|[ ]?({_ELECTRODE}|ref))?", re.I)
 
 # %% ../../nbs/data/02_edf.ipynb #ff45e3fe
 def edf_name(
@@ -101,20 +124,22 @@ def _flag(label: str):
     return (label, Kind.EVENT, None) if re.search(r"[ _-]off$", label, re.I) else None
 
 def _listed(label: str):
-    known = _CANONICAL.get(" ".join(re.findall(r"[a-z0-9+]+", label.lower())))
+    plain = " ".join(re.findall(r"[a-z0-9+]+", label.lower()))
+    pair = next((name for name, pattern in _PAIRS.items() if re.fullmatch(pattern, plain)), None)
+    known = _CANONICAL.get(plain) or (pair and (pair, _ALIASES[pair][0]))
     return known and (*known, None)
 
 def _derivation(label: str):
-    "`EEG C3_a2` -> `C3-A2`, EEG, `A2`."
+    "`EEG C3_a2` -> `C3-M2`, EEG, `M2`."
     if not (m := _DERIVATION.fullmatch(label)): return None
     active, ref = _electrode(m[1]), m[2] or m[3]
     ref = ref and _electrode(ref)
     return (f"{active}-{ref}" if ref else active), Kind.EOG if re.fullmatch(_EYE, m[1], re.I) else Kind.EEG, ref
 
 def _electrode(text: str) -> str:
-    "The usual upper and lower case: Fp1, CPz; LOC and ROC are E1 and E2."
+    "The usual upper and lower case: Fp1, CPz. LOC and ROC are E1 and E2; A1 and A2 (on the ear) are M1 and M2 (behind it)."
     if not re.fullmatch(f"{_ELECTRODE}|{_EYE}", text, re.I): return text
-    return {"LOC": "E1", "ROC": "E2"}.get(text.upper()) or re.sub("Z$", "z", text.upper().replace("FP", "Fp"))
+    return {"LOC": "E1", "ROC": "E2", "A1": "M1", "A2": "M2"}.get(text.upper()) or re.sub("Z$", "z", text.upper().replace("FP", "Fp"))
 
 def _kind(label: str) -> Kind:
     words = re.findall(r"[a-z0-9]+", label.lower())
@@ -375,8 +400,12 @@ class _Samples:
         out = np.full(stop - start, np.nan, "float32")
         for stored, at, n in self.runs:
             a, b = max(start, at), min(stop, at + n)
-            if a < b: out[a - start:b - start] = self.physical(stored + a - at, stored + b - at)
+            for lo in range(a, b, step := self.at_once()): out[lo - start:min(b, lo + step) - start] = self.physical(stored + lo - at, stored + min(b, lo + step) - at)
         return out
+
+    def at_once(self) -> int: # samples
+        "What is read in one go: a signal is strewn over the whole file, and a file of gigabytes shouldn't be in memory for the sake of one."
+        return max(1, 2**25 // self.at.record_bytes) * self.signal.n
 
     def physical(self, a: int, b: int) -> np.ndarray: # [b - a] float64
         "Stored samples `a` to `b`, in the channel's unit."
@@ -498,10 +527,11 @@ def _wanted(path: Path, channels: dict[str, Channel], names: Iterable[str] | str
     if names is None: return channels
     names = [names] if isinstance(names, str) else list(names)
     called = {name: {name.casefold(), c.name.casefold(), c.source_label.casefold()} for name, c in channels.items()}
+    keys = set().union(*called.values())
+    means = {wanted: wanted.casefold() if wanted.casefold() in keys else edf_name(wanted)[0].casefold() for wanted in names} # 'C3-A2' means C3-M2
     for wanted in names:
-        if not any(wanted.casefold() in c for c in called.values()):
-            raise ChannelError("there is no such channel", path, wanted, remedy=f"the file has {', '.join(channels) or 'none'}")
-    return {name: c for name, c in channels.items() if called[name] & {n.casefold() for n in names}}
+        if means[wanted] not in keys: raise ChannelError("there is no such channel", path, wanted, remedy=f"the file has {', '.join(channels) or 'none'}")
+    return {name: c for name, c in channels.items() if called[name] & set(means.values())}
 
 def _events(notes: _Annotations, first: float) -> pd.DataFrame: # columns of `EVENT_COLUMNS`
     "Annotations on the clock of the first sample."

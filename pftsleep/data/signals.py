@@ -18,9 +18,11 @@ from types import MappingProxyType
 import numpy as np
 import soxr
 from scipy.ndimage import median_filter
-from scipy.signal import butter, sosfiltfilt
+from scipy.signal import butter, sosfilt, sosfilt_zi
 
-from .recording import Channel, Kind, ReadIssue, Recording, array_channel
+from .edf import edf_name
+from .montage import ROLES, preference, role_of
+from .recording import Channel, Kind, ReadIssue, Recording, array_channel, named_channels
 from ..errors import ChannelError, ConfigError, PFTSleepError, SignalError
 
 # %% ../../nbs/data/05_signals.ipynb #94a5dd14
@@ -89,7 +91,7 @@ def _by_kind(clean):
 class Recipe:
     "How raw signals become model input. Raises `ConfigError` where a setting makes no sense."
     name: str # what people call it; part of the hash
-    channels: Sequence[str] | None = None # names, source labels or kinds, in the order of the result; None = every physiological channel
+    channels: Sequence[str] | None = None # names, source labels, roles or kinds, in the order of the result; None = every physiological channel that can be used
     rate: float | None = None # Hz, one for all channels; None = each channel keeps its own
     units: Mapping[str, str] = field(default_factory=dict) # kind -> the unit that its samples must be brought to
     median: Mapping[str, int] = field(default_factory=dict) # kind -> width of a median filter against spikes, in samples at the source's rate
@@ -150,27 +152,35 @@ PHYSIOLOGICAL = frozenset(map(Kind, ("EEG", "EOG", "EMG", "ECG", "RESP", "SPO2",
 # %% ../../nbs/data/05_signals.ipynb #d5e4af5c
 def _inventory(channels: Sequence[Channel]) -> str:
     "What there is, for a person who has asked for something else."
-    return "; ".join(f"{c.name} ({c.kind}{f', label {c.source_label!r}' if c.source_label not in ('', c.name) else ''})" for c in channels) or "no channel at all"
+    label = lambda c: f", label {c.source_label!r}" if c.source_label not in ("", c.name) else ""
+    return "; ".join(f"{c.name} ({role_of(c) or c.kind}{label(c)})" for c in channels) or "no channel at all"
 
 # %% ../../nbs/data/05_signals.ipynb #481511b4
-_MATCHES = (lambda c: c.name, lambda c: c.source_label, lambda c: c.kind.value) # what a request is compared with, the most exact first
+_MATCHES = ( # whether a channel is what was asked for, the most exact way first
+    lambda c, asked: c.name.strip().casefold() == asked,
+    lambda c, asked: c.source_label.strip().casefold() == asked,
+    lambda c, asked: c.name.casefold() == edf_name(asked)[0].casefold(),
+    lambda c, asked: (role_of(c) or "").casefold() == asked,
+    lambda c, asked: c.kind.value.casefold() == asked)
 
 def select_channels(
     recording: Recording, # as its reader made it
-    requests: Sequence[str] | None, # canonical names, source labels or kinds, case ignored; None = every physiological channel
+    requests: Sequence[str] | None, # canonical names, source labels, roles or kinds, case ignored; None = every physiological channel
 ) -> list[Channel]: # in the order of the requests; of the recording where they are None
     "The channels that were asked for. Raises `ChannelError` where one isn't there, with a list of what is."
     there, found = list(recording.channels.values()), {}
     if requests is None: requests, found = (), {i: c for i, c in enumerate(c for c in there if c.kind in PHYSIOLOGICAL)}
-    for label in _MATCHES:
-        for i, request in enumerate(requests):
-            free = (c for c in there if not any(c is taken for taken in found.values()) and label(c).strip().casefold() == request.strip().casefold())
-            if i not in found and (match := next(free, None)): found[i] = match
+    for matches in _MATCHES:
+        for i, asked in enumerate(r.strip().casefold() for r in requests):
+            free = [c for c in there if not any(c is taken for taken in found.values()) and matches(c, asked)]
+            if i not in found and free: found[i] = min(free, key=preference) if asked in _RENAMED else free[0]
     missing = [f"'{r}'" for i, r in enumerate(requests) if i not in found]
     if missing or not found:
         raise ChannelError(f"there is no (further) channel for {', '.join(missing) or 'a recipe that takes every physiological one'}", path=recording.id,
-            remedy=f"ask for what this recording has: {_inventory(there)}")
+            remedy=f"ask for what this recording has: {_inventory(there)}; a montage may derive more (see `explain`)")
     return [found[i] for i in sorted(found)]
+
+_RENAMED = {role.casefold(): next((n for n in about.names if n.casefold() == role.casefold()), role) for role, about in ROLES.items() if role.upper() not in Kind.__members__} # role -> its channel's name
 
 # %% ../../nbs/data/05_signals.ipynb #351708e2
 _VOLTS = {"V": 1., "mV": 1e-3, "uV": 1e-6, "nV": 1e-9}
@@ -183,7 +193,7 @@ def unit_factor(
     if unit == wanted: return 1.
     if unit in _VOLTS and wanted in _VOLTS: return round(_VOLTS[unit] / _VOLTS[wanted], 9)
     raise ChannelError(f"its unit is {repr(unit) if unit else 'not stated'} and can't be converted to '{wanted}'",
-        remedy=f"if you know that it is '{wanted}', state it with `replace(channel, unit='{wanted}')`; otherwise leave the channel out")
+        remedy=f"if you know that it is '{wanted}', state it in a montage, `Derivation(name, (label,), unit='{wanted}')`, or with `replace(channel, unit='{wanted}')`; otherwise leave the channel out")
 
 # %% ../../nbs/data/05_signals.ipynb #fb58f302
 def check_samples(
@@ -223,12 +233,30 @@ def zero_phase(
     fs: float, # Hz
     band: Band, # half-amplitude points, below fs / 2
     order: int = 4, # of one pass
+    overwrite_x: bool = False, # True: the result takes the place of `x`, which saves a copy of the night
 ) -> np.ndarray: # [T] float64
-    "Butterworth filter, forwards and backwards (Gustafsson 1996 on why the ends need care; scipy's `sosfiltfilt`)."
+    "Butterworth filter, forwards and backwards (Gustafsson 1996 on why the ends need care; the same as scipy's `sosfiltfilt`)."
     edges = [e for e in band if e is not None]
     how = "bandpass" if len(edges) == 2 else "lowpass" if band[0] is None else "highpass"
     sos = butter(order, edges if len(edges) == 2 else edges[0], how, fs=fs, output="sos")
-    return sosfiltfilt(sos, x, padtype="even", padlen=min(len(x) - 1, math.ceil(3 * fs / edges[0])))
+    return _there_and_back(sos, x if overwrite_x else x.copy(), min(len(x) - 1, math.ceil(3 * fs / edges[0])))
+
+_BLOCK = 2**18 # samples; small enough for the processor's cache
+
+def _run(sos: np.ndarray, x: np.ndarray, state: np.ndarray) -> np.ndarray:
+    "Filters `x` where it stands and returns the filter's state behind it."
+    for a in range(0, len(x), _BLOCK): x[a:a + _BLOCK], state = sosfilt(sos, x[a:a + _BLOCK], zi=state)
+    return state
+
+def _there_and_back(sos: np.ndarray, x: np.ndarray, mirrored: int) -> np.ndarray:
+    "Filters `x` where it stands, in both directions, continued by its mirror image at both ends."
+    before, after = x[mirrored:0:-1].copy(), x[-2:-mirrored - 2:-1].copy()
+    steady = sosfilt_zi(sos) # the state of a filter that has always seen 1
+    state = steady * (before if mirrored else x)[0]
+    for part in (before, x, after): state = _run(sos, part, state)
+    state = steady * (after if mirrored else x)[-1]
+    for part in (after, x): state = _run(sos, part[::-1], state)
+    return x
 
 # %% ../../nbs/data/05_signals.ipynb #b876f714
 def usable_band(
@@ -265,7 +293,9 @@ def resample(
     lead = _lead(first, fs, rate)
     tail = math.ceil(max(0, (stop + 1) * fs / rate - first - len(x)) + _REACH * max(1., fs / rate))
     at = start - round((first - lead) * rate / fs)
-    return soxr.resample(np.pad(x, (lead, tail), "edge"), fs, rate, quality="VHQ")[at:at + stop - start]
+    stream = soxr.ResampleStream(fs, rate, 1, dtype="float64", quality="VHQ")
+    parts = [np.full(lead, x[0]), *np.split(x, range(_BLOCK, len(x), _BLOCK)), np.full(tail, x[-1])] # in blocks, since a padded copy of a night is large
+    return np.concatenate([stream.resample_chunk(part, last=i == len(parts) - 1) for i, part in enumerate(parts)])[at:at + stop - start]
 
 # %% ../../nbs/data/05_signals.ipynb #cf587706
 LINEAR = frozenset((Kind.SPO2, Kind.HR, Kind.TEMP, Kind.CPAP)) # averaged by a device, in steps
@@ -291,12 +321,12 @@ def _clean_stretch(x: np.ndarray, ch: Channel, recipe: Recipe) -> tuple[np.ndarr
     return interpolate_invalid(x, *recipe.valid[ch.kind]) if ch.kind in recipe.valid else (x, 0)
 
 def _filter_and_resample(x: np.ndarray, ch: Channel, recipe: Recipe, band: Band | None, first: int, out: tuple[int, int]) -> np.ndarray:
-    "One clean stretch, filtered at the higher one of the two rates."
+    "One clean stretch, filtered at the higher one of the two rates; `x` is used up."
     rate = recipe.rate or ch.fs
-    if band and ch.fs >= rate: x = zero_phase(x, ch.fs, band, recipe.order)
+    if band and ch.fs >= rate: x = zero_phase(x, ch.fs, band, recipe.order, overwrite_x=True)
     if _same(ch.fs, rate) or ch.kind in LINEAR | HELD: x = resample_steps(x, ch.fs, rate, first, out, hold=ch.kind not in LINEAR)
     else: x = resample(x, ch.fs, rate, first, out)
-    return zero_phase(x, rate, band, recipe.order) if band and ch.fs < rate else x
+    return zero_phase(x, rate, band, recipe.order, overwrite_x=True) if band and ch.fs < rate else x
 
 def _same(a: float, b: float) -> bool: return math.isclose(a, b, rel_tol=1e-9)
 
@@ -331,7 +361,8 @@ def process_channel(
     wanted, factor = recipe.bands.get(ch.kind), unit_factor(ch.unit, unit)
     band = usable_band(wanted, ch.fs, rate) if wanted else None
     lowest = next((e for e in band or () if e is not None), math.inf) # the edge that needs the longest signal
-    x = check_samples(ch.samples(), ch.kind).astype("float64") * factor
+    x = check_samples(ch.samples(), ch.kind).astype("float64")
+    x *= factor
     n = round(duration * rate) if recipe.rate else ch.n_samples
     y, interpolated, lost = np.full(n, np.nan, "float32"), 0, 0
     for first, stop in finite_stretches(x).tolist():
@@ -347,14 +378,30 @@ def process_channel(
     return array_channel(ch.name, y, rate, unit, ch.kind, **kept), notes
 
 # %% ../../nbs/data/05_signals.ipynb #d567542e
+def _as_asked(recording: Recording, requests: Sequence[str] | None) -> tuple[dict[str, Channel], list[ReadIssue]]:
+    "The chosen channels under the names that the result has, and which channel has which role."
+    chosen, issues = select_channels(recording, requests), []
+    for i, asked in enumerate(requests or ()):
+        ch = chosen[i]
+        chosen[i] = replace(ch, name=_RENAMED.get(asked.strip().casefold(), ch.name))
+        if chosen[i].name != ch.name: issues.append(ReadIssue("noted", f"{ch.name}{f', against {ch.reference}' if ch.reference else ''}, is the recording's '{chosen[i].name}'", ch.source_label or ch.name))
+    return named_channels(chosen), issues
+
+# %% ../../nbs/data/05_signals.ipynb #e67e5ffd
 def apply_recipe(
     recording: Recording, # at its own rates and units
     recipe: Recipe, # what to do
 ) -> Recording: # channels in memory, in the order of the requests; recipe name and hash in the provenance
     "The recording as the recipe wants it. Raises `ChannelError` and `SignalError`, naming recording, channel and remedy."
-    channels, issues = {}, list(recording.issues)
-    for ch in select_channels(recording, recipe.channels):
-        try: channels[ch.name], notes = process_channel(ch, recipe, recording.duration)
-        except PFTSleepError as e: raise type(e)(e.problem, e.path or recording.id, e.channel or ch.name, e.remedy) from e
+    wanted, said = _as_asked(recording, recipe.channels)
+    channels, failed, issues = {}, [], [*recording.issues, *said]
+    for name, ch in wanted.items():
+        try: channels[name], notes = process_channel(ch, recipe, recording.duration)
+        except PFTSleepError as e:
+            error = type(e)(e.problem, e.path or recording.id, e.channel or name, e.remedy)
+            if recipe.channels is not None or not isinstance(e, ChannelError | SignalError): raise error from e
+            failed.append(error)
+            notes = [ReadIssue("skipped", f"{e.problem}; {e.remedy}", ch.source_label or name)]
         issues += notes
+    if len(failed) == len(wanted): raise failed[0] if len(failed) == 1 else SignalError("no channel can be used: " + "; ".join(f"{e.channel}: {e.problem}" for e in failed), recording.id, remedy=failed[0].remedy)
     return replace(recording, channels=channels, issues=tuple(issues), provenance={**recording.provenance, "recipe": recipe.name, "recipe_hash": recipe.hash})
