@@ -292,10 +292,14 @@ def resample(
     start, stop = out or (0, round(len(x) * rate / fs))
     lead = _lead(first, fs, rate)
     tail = math.ceil(max(0, (stop + 1) * fs / rate - first - len(x)) + _REACH * max(1., fs / rate))
-    at = start - round((first - lead) * rate / fs)
-    stream = soxr.ResampleStream(fs, rate, 1, dtype="float64", quality="VHQ")
+    at = round((first - lead) * rate / fs) - start # where the result of the next block belongs
+    stream, y = soxr.ResampleStream(fs, rate, 1, dtype="float64", quality="VHQ"), np.empty(stop - start)
     parts = [np.full(lead, x[0]), *np.split(x, range(_BLOCK, len(x), _BLOCK)), np.full(tail, x[-1])] # in blocks, since a padded copy of a night is large
-    return np.concatenate([stream.resample_chunk(part, last=i == len(parts) - 1) for i, part in enumerate(parts)])[at:at + stop - start]
+    for i, part in enumerate(parts):
+        chunk = stream.resample_chunk(part, last=i == len(parts) - 1)
+        y[max(at, 0):max(at + len(chunk), 0)] = chunk[max(-at, 0):max(len(y) - at, 0)]
+        at += len(chunk)
+    return y
 
 # %% ../../nbs/data/05_signals.ipynb #cf587706
 LINEAR = frozenset((Kind.SPO2, Kind.HR, Kind.TEMP, Kind.CPAP)) # averaged by a device, in steps
