@@ -11,10 +11,11 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pftsleep.data.cohorts import FOLDER
-from pftsleep.data.convert import convert
+from pftsleep.data.convert import convert, dask_workers
 from pftsleep.data.edf import write_edf
 from pftsleep.data.recording import Recording, array_channel
 from pftsleep.data.signals import Recipe
@@ -151,18 +152,34 @@ def test_bad_files_land_in_the_ledger_and_the_rest_goes_on(tmp_path):
     assert {x["id"] for x in lines} == set(by_id)
 
 
-def test_dead_worker_fails_its_nights_only(source, tmp_path):
-    """A worker that is killed (as by the kernel when memory runs out) doesn't take the run along."""
+def test_a_killed_worker_costs_nothing(source, reference, tmp_path):
+    """A worker that is killed from outside (as by the kernel when memory runs out) doesn't take the run along: its nights are tried again."""
     store = tmp_path / "store"
     process = start_convert(source, store, tmp_path)
     wait_for(lambda: len(finished(store)) >= 1, process)
     children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     workers = [p for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err.decode()[-2000:]
-    assert b"a worker process died" in out
-    with ThreadPoolExecutor(1) as pool: assert not convert(FOLDER, source, store, RECIPE, pool).failed
+    assert b" 0 failed" in out, out
+    assert contents(open_store(store)) == reference
+
+
+DEADLY = SCRIPT.replace("if __name__", """
+import os
+from pftsleep.data import convert as c
+honest = c.prepare_night
+def prepare_night(night, *a): return os.kill(os.getpid(), 9) if night.id == "n03" else honest(night, *a)
+c.prepare_night = prepare_night
+if __name__""")
+
+
+def test_a_night_that_kills_its_worker_fails_alone(source, tmp_path):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    done = subprocess.run([sys.executable, tmp_path / "deadly.py", source, tmp_path / "store"], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "11 done, 0 skipped, 1 failed" in done.stdout and "n03: BrokenProcessPool" in done.stdout and "a worker process died" in done.stdout
 
 
 def test_no_identity_in_the_store(tmp_path):
@@ -182,3 +199,64 @@ def test_no_identity_in_the_store(tmp_path):
 def test_missing_source_and_unwritable_target(source, tmp_path):
     with pytest.raises(PFTSleepError, match="no such folder"): convert(FOLDER, tmp_path / "nowhere", tmp_path / "store", RECIPE)
     with pytest.raises(PFTSleepError, match="can't be made"): convert(FOLDER, source, "/dev/null/store", RECIPE)
+
+
+@pytest.fixture
+def dask_cluster(tmp_path):
+    "A scheduler and two workers, each a process of its own as on a cluster; yields the address and the workers."
+    pytest.importorskip("distributed", reason="Dask (extra `scale`) isn't installed")
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    file = tmp_path / "scheduler.json"
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler"], [sys.executable, "-m", "distributed.cli.dask_worker"]
+    processes = [subprocess.Popen([*dask[0], "--port", "0", "--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file)], **quiet)]
+    try:
+        processes += [subprocess.Popen([*dask[1], "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path / f"w{i}")], **quiet) for i in range(2)]
+        address = eventually(lambda: file.exists() and json.loads(file.read_text() or "{}").get("address"))
+        from distributed import Client
+        with Client(address, timeout=60) as client: client.wait_for_workers(2, timeout=120)
+        yield address, processes[1:]
+    finally:
+        for p in processes: p.kill(); p.wait()
+
+
+def eventually(what, seconds: float = 120.):
+    "Whatever true value `what` gives at last."
+    for _ in range(round(seconds / .05)):
+        if value := what(): return value
+        time.sleep(.05)
+    raise TimeoutError("it didn't happen")
+
+
+def test_dask_with_a_worker_that_dies(source, reference, tmp_path, dask_cluster):
+    "Half way a worker is killed: the scheduler gives its nights to the other one, and the store comes out complete and identical."
+    address, workers = dask_cluster
+    ledger_file = tmp_path / "store" / "ledger.jsonl"
+
+    def kill_one():
+        eventually(lambda: ledger_file.exists() and len(ledger_file.read_text().splitlines()) >= 3)
+        workers[0].send_signal(signal.SIGKILL)
+    with ThreadPoolExecutor(1) as killer, dask_workers(address) as executor:
+        killed = killer.submit(kill_one)
+        ledger = convert(FOLDER, source, tmp_path / "store", RECIPE, executor)
+        killed.result()
+    assert workers[0].wait(10) == -signal.SIGKILL and workers[1].poll() is None
+    assert not ledger.failed and len(ledger.outcomes) == 12, str(ledger)
+    store = open_store(tmp_path / "store")
+    assert contents(store) == reference
+    assert len(store.manifest) == 12 and not list(store.recordings.glob(".*")) # nothing half-written is left of the dead worker
+    with dask_workers(address) as executor: assert {o.status for o in convert(FOLDER, source, tmp_path / "store", RECIPE, executor).outcomes} == {"skipped"}
+
+
+def test_no_dask_scheduler():
+    pytest.importorskip("distributed", reason="Dask (extra `scale`) isn't installed")
+    with pytest.raises(PFTSleepError, match="start one with `dask scheduler`"), dask_workers("nonsense://somewhere"): pass
+
+
+def test_the_ledger_of_all_runs_is_a_table(tmp_path):
+    files = tmp_path / "files"; files.mkdir()
+    write_night(files, "good", 0)
+    (files / "bad.edf").write_bytes(b"0" * 100)
+    for _ in range(2): convert(FOLDER, files, tmp_path / "store", RECIPE)
+    table = pd.read_parquet(tmp_path / "store" / "ledger.parquet")
+    assert table["status"].tolist().count("failed") == 2 and sorted(table["status"])[0] == "done" and "skipped" in table["status"].tolist()
+    assert table.loc[table["status"] == "failed", "message"].str.contains("bad.edf").all()

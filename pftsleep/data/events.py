@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['APNEAS', 'HYPOPNEAS', 'AROUSALS', 'LIMB_MOVEMENTS', 'NSRR_CONCEPTS', 'PROFUSION', 'PHYSIOMIMI', 'CINC2018',
-           'NOXTURNAL', 'WSC', 'LUNA', 'COMPOUNDS', 'UNMAPPED', 'SCORED_COLUMNS', 'EventType', 'event_types',
+           'NOXTURNAL', 'WSC', 'NCHSDB', 'LUNA', 'COMPOUNDS', 'UNMAPPED', 'SCORED_COLUMNS', 'EventType', 'event_types',
            'event_type', 'event_words', 'scored_events']
 
 # %% ../../nbs/data/14_events.ipynb #59411b3c
@@ -101,6 +101,8 @@ WSC: Mapping[EventType, tuple[str, ...]] = {
     T.AROUSAL_RESPIRATORY: ("AROUSAL - RESPIRATORY EVENT", "Resp Arousal", "RespArousal", "RespA"), T.AROUSAL_LIMB: ("AROUSAL - LM", "AROUSAL - PLM", "LMA"),
     T.LIMB_MOVEMENT: ("LM", "LM - ISOLATED"), T.PERIODIC_LIMB_MOVEMENT: ("PLM", "LM - PLM"), T.LIGHTS_OFF: ("LIGHTS OUT",), T.LIGHTS_ON: ("LIGHTS ON",)}
 
+NCHSDB: Mapping[EventType, tuple[str, ...]] = {T.DESATURATION: ("Oxygen Desaturation",)}
+
 LUNA: Mapping[EventType, tuple[str, ...]] = {
     T.HYPOPNEA: ("hypopnea30", "hypopnea50"), T.DESATURATION: ("desat",), T.RERA: ("arousal:RERA",), T.AROUSAL: ("arousal_standard",),
     T.AROUSAL_LIMB: ("arousal_lm", "arousal_plm"), T.AROUSAL_OTHER: ("arousal_external", "arousal_cheshire"), T.SNORE: ("snoring",),
@@ -143,7 +145,7 @@ def _dictionary(*tables: Mapping[EventType, tuple[str, ...]], **compounds: tuple
 
 # %% ../../nbs/data/14_events.ipynb #37f68423
 _CONCEPTS = _dictionary(NSRR_CONCEPTS)
-_NAMED = _dictionary(PROFUSION, PHYSIOMIMI, NOXTURNAL, WSC, LUNA, NSRR_CONCEPTS, **COMPOUNDS)
+_NAMED = _dictionary(PROFUSION, PHYSIOMIMI, NOXTURNAL, WSC, NCHSDB, LUNA, NSRR_CONCEPTS, **COMPOUNDS)
 _CINC = _dictionary(CINC2018) # 'arousal_plm' and 'arousal_spontaneous' mean the same there and in Luna
 _KNOWN = _CINC | _NAMED
 _REASONS = {_key(word): why for word, why in UNMAPPED.items()}

@@ -26,6 +26,7 @@ from .scoring_tools import (AASM_EPOCH, BARE_WORDS, BLANKED_DATE, EDF_STAGES, LO
     OUR_CODES, PHYSIOMIMI_STAGES, PYDYNAMO_CODES, RK_CODES, SHORTEST_EPOCH, TICK, USUAL_EPOCHS, WORDS, Scoring, cells_in, clock_in, duration_in, epoch_length_in,
     event_table, from_runs, infer_epoch_length, number_in, read_text, read_xml, rebase, stages_of, with_lights)
 from .study_formats import STUDY_FORMATS, consensus, detect_study_format, ranked_scorers, read_arousal_mat, soft_agreement
+from .wfdb_dreem import read_ids, read_isruc
 from ..errors import ConfigError, EDFError, HypnogramError
 
 # %% ../../nbs/data/03_hypnograms.ipynb #0b51502e
@@ -233,7 +234,7 @@ def _table_hypnogram(path: Path, codes: dict[str, Stage]) -> Hypnogram:
 
 # %% ../../nbs/data/03_hypnograms.ipynb #41ce3aaa
 FORMATS: dict[str, Callable[[Path], Scoring]] = {"nsrr": _read_psg_annotation, "physiomimi": _read_psg_annotation, "profusion": _read_profusion,
-    "edf": _read_edf_annotations, **{name: partial(_read_csv, codes=codes) for name, codes in CSV_CODES.items()}, **STUDY_FORMATS}
+    "edf": _read_edf_annotations, **{name: partial(_read_csv, codes=codes) for name, codes in CSV_CODES.items()}, **STUDY_FORMATS, "dcsm": read_ids, "isruc": read_isruc}
 
 # %% ../../nbs/data/03_hypnograms.ipynb #d4242b10
 def detect_format(

@@ -253,6 +253,15 @@ def _allscore_lines(text: str, path) -> list[tuple[float, str, int]]:
     seconds = np.unwrap(np.array([at for at, *_ in out]), period=86400) if out else np.empty(0)
     return [(float(at), text, i) for at, (_, text, i) in zip(seconds, out, strict=True)]
 
+def _without_pauses(lines: list[tuple[float, str, int]]) -> list[tuple[float, str, int]]:
+    "The lines on the clock of the signals, which stands still from 'PAUSED' to 'RECORDING RESUMED': the EDF has no samples there."
+    out, lost, since = [], 0., None
+    for at, text, i in lines:
+        if text.upper() == "PAUSED" and since is None: since = at
+        elif text.upper() in ("RECORDING RESUMED", "RESUMED") and since is not None: lost, since = lost + at - since, None
+        out.append(((at if since is None else since) - lost, text, i))
+    return out
+
 def _allscore_event(at: float, text: str) -> tuple[float, float, str, str]:
     "An event with its duration, without measured values."
     parts = [part.strip() for part in re.split(r"\s-\s", text)]
@@ -268,7 +277,7 @@ def read_allscore(
     lines = _allscore_lines(read_text(path), path)
     starts = [at for at, text, _ in lines if text.upper() == "START RECORDING"]
     if len(starts) != 1: raise HypnogramError(f"{len(starts)} lines 'START RECORDING', so that nothing says when the signals begin", path, remedy="leave one")
-    lines = [(at - starts[0], text, i) for at, text, i in lines]
+    lines = _without_pauses([(at - starts[0], text, i) for at, text, i in lines])
     named = [(at, m[1].strip().upper() if (m := re.fullmatch(r"STAGE\s*-\s*(.*)", text, re.IGNORECASE)) else None, text.upper(), i) for at, text, i in lines]
     marks = [(at, stage, i) for at, stage, _, i in named if stage is not None]
     events = event_table(_allscore_event(at, text) for (at, text, _), (_, stage, _, _) in zip(lines, named, strict=True) if stage is None)
@@ -278,7 +287,7 @@ def read_allscore(
     pauses = [at for at, _, text, _ in named if text in ("PAUSED", "STOP RECORDING")]
     last = [at for at, _, text, _ in named if text in ("LIGHTS ON", "STOP RECORDING", "PAUSED") and at > marks[-1][0]]
     onsets = [at for at, *_ in marks]
-    ends = [min([end, *(p for p in pauses if p >= at)]) for at, end in zip(onsets, [*onsets[1:], min(last, default=onsets[-1] + AASM_EPOCH)], strict=True)]
+    ends = [min([end, *(p for p in pauses if p > at)]) for at, end in zip(onsets, [*onsets[1:], min(last, default=onsets[-1] + AASM_EPOCH)], strict=True)]
     h = from_runs(onsets, np.subtract(ends, onsets), stages, AASM_EPOCH, path=path)
     return Scoring(with_lights(h, events), events, clock=clock)
 
@@ -485,13 +494,14 @@ def read_bids(
     "Stages and events of a BIDS table. Raises `HypnogramError` for rows without onset, and for numbers that no sidecar explains, naming the line."
     lines = [(f"line {i}", line.rstrip("\r\n").split("\t")) for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     columns = [cell.strip() for cell in lines[0][1]] if lines else []
-    if columns[:2] != ["onset", "duration"] or "trial_type" not in columns:
+    word = next((c for c in ("trial_type", "description") if c in columns), None) # NCHSDB has the latter
+    if columns[:2] != ["onset", "duration"] or word is None:
         raise HypnogramError("its columns aren't onset, duration, …, trial_type", path, remedy="see the BIDS specification of task events")
     levels, known, rows = _levels(Path(path)), {word.casefold() for word in _BIDS_STAGES}, []
     for where, row in lines[1:]:
         if len(row) != len(columns): raise HypnogramError(f"{where} has {len(row)} columns, not {len(columns)}", path)
         cell = dict(zip(columns, (c.strip() for c in row), strict=True))
-        name, channel = cell["trial_type"], cell.get("channel", "n/a")
+        name, channel = cell[word], cell.get("channel", "n/a")
         if name.casefold() not in known and levels.get(name, "").casefold() in known: name = levels[name]
         if re.fullmatch(r"-?\d+(\.0)?", name): raise HypnogramError(f"trial type '{name[:20]}' in {where} may mean anything", path, remedy="explain it under Levels in the .json beside")
         rows.append((number_in(cell["onset"], f"the onset in {where}", path), duration_in(cell["duration"]), name, "" if channel == "n/a" else channel))
@@ -517,9 +527,9 @@ def _json_format(path) -> str:
 _TEXT_FORMATS: dict[str, Callable[[list[str]], bool]] = { # told by the first lines that aren't empty
     "slpdb": lambda head: bool(_DUMP_HEAD.match(head[0])),
     "noxturnal": lambda head: len(head) > 1 and bool(_UNITS.fullmatch(head[1].strip())),
-    "wsc_stg": lambda head: "user-defined stage" in head[0].casefold().split("\t"),
+    "wsc_stg": lambda head: "user-defined stage" in head[0].casefold().split("\t") or bool(re.fullmatch(r"1\t[0-7](\t[0-7]?)?", head[0].rstrip())), # some have no header
     "wsc_allscore": lambda head: bool(_ALLSCORE_LINE.match(head[0])),
-    "bids": lambda head: head[0].split("\t")[:2] == ["onset", "duration"] and "trial_type" in head[0].split("\t"),
+    "bids": lambda head: head[0].split("\t")[:2] == ["onset", "duration"] and bool({"trial_type", "description"} & set(head[0].split("\t"))), # the latter in NCHSDB
     "annot": lambda head: any(re.fullmatch(r"class\s+(instance\s+)?(channel\s+)?start\s+stop(\s+meta)?\s*", line) for line in head if not line.startswith("#"))}
 
 # %% ../../nbs/data/13_study_formats.ipynb #760ea9d3
