@@ -6,7 +6,6 @@
 __all__ = ['convert', 'stage', 'unseen', 'evaluate']
 
 # %% ../../nbs/apps/03_commands.ipynb #d3938181
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +13,12 @@ from tqdm import tqdm
 
 from .evaluation import UNSEEN, majority, predict, write_evaluation
 from .staging import find_recordings, stage_files
+from .stores import executor_of, recipe_of
 from ..data import convert as conversion
-from ..data.cohorts import COHORTS
 from ..data.convert import Ledger
-from ..data.signals import Recipe
-from ..data.splits import Split
+from ..data.splits import Split, split_keys
 from ..data.store import Store, open_store
+from ..data.studies import find_cohort
 from ..errors import ConfigError
 from ..evaluation.metrics import compare_table
 from ..models.stager import load_stager
@@ -28,18 +27,18 @@ from ..models.stager import load_stager
 def convert(
     source: str, # folder with the recordings and their annotations
     store: str, # folder of the store; made when absent, continued when it is there
-    cohort: Literal["folder", "simulated"] = "folder", # how the source is laid out
-    channels: list[str] | None = None, # names or kinds to keep, in this order, e.g. [EEG,EOG,EMG]; all physiological ones if not given
-    rate: float = 100., # sampling rate of every channel in the store, Hz
-    model: str | None = None, # folder of a stager: use its recipe in place of `channels` and `rate`
+    cohort: str = "folder", # how the source is laid out: shhs, mesa, sleep_edf, ...; see `pftsleep cohorts`
+    recipe: Literal["default", "native"] = "default", # 'native' keeps the source's own samples: an archive to `prepare` other stores from
+    channels: list[str] | None = None, # names, roles or kinds to keep, in this order, e.g. [EEG central,EOG left,ECG]; all physiological ones if not given
+    rate: float = 100., # sampling rate of every channel in the store, Hz; not used by 'native'
+    model: str | None = None, # folder of a stager: use its recipe in place of `recipe`, `channels` and `rate`
     policy: Literal["crop", "pad_unscored"] = "crop", # signal that nobody scored: leave it out, or keep it unscored
     workers: int | None = None, # worker processes; one per core if not given
+    scheduler: str | None = None, # address of a Dask scheduler, such as tcp://10.0.0.1:8786, in place of `workers`
 ) -> int: # exit code
-    "Convert a folder of EDF files and annotations to a store of prepared recordings."
-    if workers is not None and workers < 1: raise ConfigError(f"{workers} workers", remedy="at least 1")
-    recipe = load_stager(model).recipe if model else Recipe.default(channels, rate)
-    pool = conversion.worker_pool(workers) if workers else nullcontext(None)
-    with pool as executor: ledger = conversion.convert(COHORTS[cohort], source, store, recipe, executor, policy)
+    "Convert a study's recordings and annotations to a store of prepared recordings."
+    with executor_of(workers, scheduler) as executor:
+        ledger = conversion.convert(find_cohort(cohort), source, store, recipe_of(recipe, channels, rate, model), executor, policy)
     print(ledger)
     print(open_store(store))
     return _code(ledger)
@@ -49,13 +48,14 @@ def _code(ledger: Ledger) -> int: return 1 if ledger.failed else 0
 
 # %% ../../nbs/apps/03_commands.ipynb #9852bc6e
 def stage(
-    source: str, # an EDF or BDF file, or a folder that is searched for them
+    source: str, # a recording, or a folder that is searched for them
     model: str, # folder of a stager, as `pftsleep probe` writes it
     out: str = "staged", # folder for the results
+    cohort: str = "folder", # how their channels are called: shhs, mesa, ...; see `pftsleep cohorts`
 ) -> int: # exit code
     "Stage recordings: a table, EDF+ annotations and a report for each."
     stager, files = load_stager(model), find_recordings(source)
-    outcomes = list(tqdm(stage_files(files, stager, out), total=len(files), desc="stage", unit="night", disable=None))
+    outcomes = list(tqdm(stage_files(files, stager, out, find_cohort(cohort)), total=len(files), desc="stage", unit="night", disable=None))
     ledger = Ledger(tuple(outcomes))
     print(f"{ledger}\nresults in {out}")
     return _code(ledger)
@@ -69,7 +69,7 @@ def unseen(
     split = Split.load(Path(model) / "split.json")
     known = {split.subjects[i] for part, ids in split.parts.items() if part != "test" for i in ids}
     rows = store.manifest
-    ids = rows.loc[(rows["epochs"] > 0) & ~rows["subject"].isin(known), "id"].tolist()
+    ids = rows.loc[(rows["epochs"] > 0) & ~rows["id"].map(split_keys(rows)).isin(known), "id"].tolist()
     if not ids: raise ConfigError("it holds no labelled recording of a person that the model hasn't seen", path=store.path, remedy="evaluate on other people")
     return ids
 

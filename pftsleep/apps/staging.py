@@ -15,7 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.convert import Outcome
-from ..data.edf import read_edf, write_edf
+from ..data.cohorts import FOLDER, Cohort
+from ..data.edf import write_edf
+from ..data.montage import apply_montage
+from ..data.readers import READERS, read_signals
 from ..data.recording import SCORED_STAGES, Hypnogram, Kind, Recording, Stage
 from ..data.signals import apply_recipe
 from ..errors import PFTSleepError, ReadError, StoreError
@@ -24,11 +27,12 @@ from ..models.stager import Stager
 
 # %% ../../nbs/apps/00_staging.ipynb #2d585f9c
 def stage_file(
-    path: str | Path, # an EDF, EDF+ or BDF file
+    path: str | Path, # a recording: EDF, BDF, WFDB, ...
     stager: Stager,
+    cohort: Cohort = FOLDER, # how its channels are called, and which labels are no signals
 ) -> tuple[Recording, Hypnogram]: # the prepared recording, and its stages
     "Read, prepare with the stager's recipe, and stage. Raises what the reader, the recipe and the stager raise."
-    rec = apply_recipe(read_edf(path), stager.recipe)
+    rec = apply_recipe(apply_montage(read_signals(path), cohort.montage, cohort.ignored), stager.recipe)
     return rec, stager.stage(rec)
 
 # %% ../../nbs/apps/00_staging.ipynb #c87e6a4a
@@ -65,27 +69,28 @@ def write_staging(
 def find_recordings(
     source: str | Path, # a file, or a folder that is searched at any depth
 ) -> list[Path]: # sorted
-    "EDF and BDF files; annotation files (`*Hypnogram.edf`, `*-stages.edf`) are left out. Raises `ReadError` when there are none."
+    "Files that we can read; annotation files (`*Hypnogram.edf`, `*-stages.edf`) are left out. Raises `ReadError` when there are none."
     source = Path(source)
     if source.is_file(): return [source]
     if not source.exists(): raise ReadError("no such file or folder", path=source, remedy="check the path")
     skip = ("hypnogram", "-stages")
-    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".edf", ".bdf") and not p.stem.lower().endswith(skip))
-    if not found: raise ReadError("no EDF or BDF file", path=source, remedy="give a recording, or a folder that holds some")
+    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in READERS and not p.stem.lower().endswith(skip))
+    if not found: raise ReadError(f"no {', '.join(READERS)} file", path=source, remedy="give a recording, or a folder that holds some")
     stems = {p.stem: p for p in found}
     if twice := [p for p in found if stems[p.stem] != p]: raise ReadError(f"two recordings are called {twice[0].stem}", path=twice[0], remedy=f"rename one; the other is {stems[twice[0].stem]}")
     return found
 
 def stage_files(
-    files: Iterable[Path], # EDF or BDF
+    files: Iterable[Path], # recordings
     stager: Stager,
     out: str | Path, # folder for the results
+    cohort: Cohort = FOLDER, # how their channels are called
 ) -> Iterator[Outcome]: # one per file, as they are finished
     "Stage one file after the other; one that can't be staged becomes a failed outcome and the others go on."
     for path in files:
         t = time.perf_counter()
         try:
-            rec, h = stage_file(path, stager)
+            rec, h = stage_file(path, stager, cohort)
             write_staging(rec, h, stager, out)
             yield Outcome(path.stem, "done", round(time.perf_counter() - t, 2))
         except PFTSleepError as e:
