@@ -6,10 +6,12 @@
 __all__ = ['fingerprint', 'read_night', 'prepare_night', 'Outcome', 'Ledger', 'convert', 'worker_pool', 'dask_workers']
 
 # %% ../../nbs/data/08_convert.ipynb #f3ba42ee
+import ctypes
 import hashlib
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +144,12 @@ def _run(job: _Job) -> Outcome:
         return outcome("done")
     except PFTSleepError as e: return outcome("failed", error=type(e).__name__, message=str(e) if e.path else f"{night.signals}: {e}")
     except Exception as e: return outcome("failed", error=type(e).__name__, message=f"{night.signals}: {e}", trace=traceback.format_exc())
+    finally: _give_back()
+
+def _give_back() -> None:
+    "Hand freed memory back to the operating system; the GNU C library would keep some 30 MB after each night, for each worker."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim: trim(0)
 
 # %% ../../nbs/data/08_convert.ipynb #06d510a6
 @dataclass(frozen=True)

@@ -43,18 +43,20 @@ def load_window(
     if not there: raise ChannelError(f"it has none of {', '.join(channels)}", path=rec.id, remedy=f"leave it out; it has {', '.join(rec.channels)}")
     rate = common_rate(rec, there)
     per_epoch = whole_samples(epoch_length, rate)
-    x = np.full((len(channels), epochs * per_epoch), np.nan, "float32")
-    for row, name in zip(x, channels, strict=True):
+    shape = len(channels), epochs * per_epoch
+    x, pad = np.zeros(shape, "float32"), np.ones(shape, bool)
+    for row, gaps, name in zip(x, pad, channels, strict=True):
         if name not in there: continue
         ch = rec[name]
         start, stop = (min(i * per_epoch, ch.n_samples) for i in (first, first + epochs))
         row[:stop - start] = ch.samples(start, stop)
+        np.isnan(row[:stop - start], out=gaps[:stop - start])
+    x[pad] = 0
     stages = np.full(epochs, Stage.UNSCORED, "int64")
     if rec.hypnogram:
         known = rec.hypnogram.stages[first:first + epochs]
         stages[:len(known)] = known
-    pad = np.isnan(x)
-    return Window(x=torch.from_numpy(np.nan_to_num(x, copy=False)), pad=torch.from_numpy(pad), stages=torch.from_numpy(stages), id=rec.id, first=first)
+    return Window(x=torch.from_numpy(x), pad=torch.from_numpy(pad), stages=torch.from_numpy(stages), id=rec.id, first=first)
 
 # %% ../../nbs/data/11_datasets.ipynb #c0a9dcee
 def common_rate(

@@ -44,6 +44,7 @@ from ..errors import PFTSleepError, StoreError
 
 # %% ../../nbs/data/06_store.ipynb #5f9528d7
 MISSING = -32768 # the code of a sample that the source doesn't have
+BLOCK = 32768 # samples; as float64 a quarter of a MiB
 
 def quantise(
     x: np.ndarray, # [T] float32, NaN = missing
@@ -51,34 +52,34 @@ def quantise(
 ) -> tuple[np.ndarray, float, float]: # codes or float32, scale, offset: x = codes * scale + offset
     "16-bit codes where their step is no coarser than `resolution`, else `x` itself with scale 1 and offset 0."
     finite = np.isfinite(x)
-    values = x[finite].astype("float64")
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0., 0.)
-    if not resolution or not (high - low) / 65534 <= resolution * (1 + 1e-6) or np.isinf(x).any(): return x.astype("float32"), 1., 0.
-    at = _on_steps(values, resolution)
+    low, high = (float(np.fmin.reduce(x)), float(np.fmax.reduce(x))) if finite.any() else (0., 0.) # these ignore NaN
+    if not resolution or not (high - low) / 65534 <= resolution * (1 + 1e-6): return x.astype("float32"), 1., 0. # also where something is infinite
+    at = _on_steps(x[finite], resolution)
     scale, offset = ((high - low) / 65534 or 1., (high + low) / 2) if at is None else (float(resolution), at)
     codes = np.full(len(x), MISSING, "int16")
-    codes[finite] = np.rint((values - offset) / scale).clip(-32767, 32767)
+    for a in range(0, len(x), BLOCK): # double precision for a moment, and not for the whole night
+        there = finite[a:a + BLOCK]
+        codes[a:a + BLOCK][there] = np.rint((x[a:a + BLOCK][there].astype("float64") - offset) / scale).clip(-32767, 32767)
     return codes, scale, offset
 
 # %% ../../nbs/data/06_store.ipynb #299c7478
 def _on_steps(
-    values: np.ndarray, # [T] float64, finite
+    values: np.ndarray, # [T] float32, finite
     resolution: float, # the recorder's step
 ) -> float | None: # the value of code 0; None where the values lie between the steps
     "Where the recorder's own steps lie."
     if not len(values): return None
-    near = values[np.abs(values).argmin()] # the value that was rounded least
+    near = float(values[np.abs(values).argmin()]) # the value that was rounded least
     for some in (values[:1000], values):
-        steps = np.rint((some - near) / resolution)
-        rest = some - near - steps * resolution
+        rest = some.astype("float64") - near
+        steps = np.rint(rest / resolution)
+        rest -= steps * resolution
         if np.abs(rest).max() > resolution / 100: return None
-    slack = np.spacing(np.abs(values).astype("float32")).astype("float64") / 2
+    slack = np.spacing(np.abs(values)).astype("float64") / 2
     shift, middle = ((rest - slack).max() + (rest + slack).min()) / 2, round((steps.min() + steps.max()) / 2)
     return None if steps.max() - steps.min() > 65534 else float(near + shift + middle * resolution)
 
 # %% ../../nbs/data/06_store.ipynb #19ccb0b8
-BLOCK = 32768 # samples; as float64 a quarter of a MiB
-
 def restore(
     codes: np.ndarray, # [T] int16 or float32
     scale: float, # of `quantise`
