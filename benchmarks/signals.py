@@ -1,9 +1,10 @@
-"""A night of 8 h through the default recipe, beside the naive form. Prints one JSON line per measurement.
+"""A night of 8 h through a recipe, beside the naive form of the default one. Prints one JSON line per measurement.
 
 Four channels at 256 Hz, two at 32 Hz and one at 1 Hz, in memory. The naive form filters with scipy's defaults and resamples each whole channel by Fourier transform, as
 float64, all channels at once: what one gets by writing the obvious ten lines. Each measurement runs in a process of its own, so that its peak memory is its own.
 
     python benchmarks/signals.py [--hours 8] [--repeats 5]
+    python benchmarks/signals.py --recipe pftsleep          the same night, its first EEG as the ECG
 """
 import argparse
 import json
@@ -36,6 +37,17 @@ def ours(rec: Recording):
     return apply_recipe(rec, Recipe.default())
 
 
+def pftsleep(name: str):
+    "The seven channels of PFTSleep: the second EEG and what else there is, with the first EEG in place of an ECG."
+    def run(rec: Recording):
+        ecg = array_channel("ECG", rec["C4-M1"].read.values, 256, "mV", "ECG")
+        return apply_recipe(Recording("bench", {"ECG": ecg, **{n: c for n, c in rec.channels.items() if n != "C4-M1"}}), getattr(Recipe, name)())
+    return run
+
+
+PFTSLEEP = ("pftsleep", "pftsleep_edf", "pftsleep_corrected")
+
+
 def naive(rec: Recording):
     "Every channel in float64, filtered with scipy's default ends, resampled as a whole by Fourier transform."
     bands, n = Recipe.default().bands, round(rec.duration * 100)
@@ -56,12 +68,12 @@ def steps(rec: Recording):
 
 def measure(what: str, hours: float, repeats: int) -> dict:
     rec = night(hours)
-    run = {"recipe": ours, "naive": naive}.get(what) or steps(rec)[what]
+    run = {"recipe": ours, "naive": naive, **{n: pftsleep(n) for n in PFTSLEEP}}.get(what) or steps(rec)[what]
     base, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for _ in range(repeats + 1):
         began = time.perf_counter(); run(rec); seconds.append(time.perf_counter() - began)
     seconds = sorted(seconds[1:]) # the first one warms up
-    return dict(benchmark="signals", what=what, hours=hours, channels=len(MONTAGE) if what in ("recipe", "naive") else 1, threads=int(os.environ["OMP_NUM_THREADS"]), repeats=repeats,
+    return dict(benchmark="signals", what=what, hours=hours, channels=len(MONTAGE) if what in ("recipe", "naive", *PFTSLEEP) else 1, threads=int(os.environ["OMP_NUM_THREADS"]), repeats=repeats,
         median_s=round(float(np.median(seconds)), 3), min_s=round(seconds[0], 3), max_s=round(seconds[-1], 3), peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         input_rss_mb=base // 1024)
 
@@ -70,8 +82,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=8.)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--recipe", choices=PFTSLEEP, help="only this recipe")
     parser.add_argument("--only", help="one measurement, in this process")
     args = parser.parse_args()
+    if args.recipe: args.only = args.recipe
     if args.only: return print(json.dumps(measure(args.only, args.hours, args.repeats)))
     found = {}
     for what in ["recipe", "naive", *steps(night(.01))]:

@@ -119,6 +119,12 @@ def test_the_cell_of_the_title_holds_nothing_else(nb):
 
 
 @pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
+def test_a_notebook_says_its_language(nb):
+    "Or else the site shows its code without colours, and warns."
+    assert json.loads(nb.read_text())["metadata"] == {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+
+
+@pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
 def test_module_and_notebook_have_the_same_name(nb):
     module = next((c.directives["default_exp"] for c in cells(nb) if "default_exp" in c.directives), None)
     if module: assert module.replace(".", "/") == nb.relative_to(ROOT / "nbs").with_name(re.sub(r"^\d+_", "", nb.stem)).as_posix()

@@ -274,7 +274,7 @@ def test_help_of_the_command_itself():
 
 @pytest.mark.parametrize("line, says", [
     ("pretrain", "store, out"), ("probe {store}", "encoder, out"), ("stage", "source, model"), ("evaluate", "store, model"),
-    ("convert a b --ratee 50", "--ratee"), ("convert a b --cohort mars", "mars"), ("convert a b --rate fast", "fast"),
+    ("convert a b --ratee 50", "--ratee"), ("convert a b --rate fast", "fast"),
     ("pretrain a b --train.epochs many", "many"), ("pretrain --config {tmp}/no.yaml a b", "no.yaml"), ("pretrain --config {tmp}/broken.yaml a b", "pars"),
     ("pretrain --config {tmp}/unknown.yaml", "stroe")])
 def test_usage(line, says, store, tmp_path, capfd):

@@ -186,7 +186,7 @@ derivations = st.builds(Derivation, pool.map(lambda n: edf_name(n)[0]), st.lists
 
 
 @given(st.lists(st.tuples(pool, st.sampled_from(["uV", "mV", "", "%", "quux"]), st.sampled_from([1., 128.]), st.integers(0, 4)), max_size=8), st.lists(derivations, max_size=5), st.lists(st.sampled_from(["*_off", "EEG?", "x", "[*"]), max_size=2))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_channel_is_lost_or_made_up(channels, montage, ignored):
     rng = np.random.default_rng(len(channels))
     rec = night(*(replace(channel(label, rng.normal(3, 1, n), fs), unit=unit) for label, unit, fs, n in channels))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import signal
 
 from pftsleep.data.recording import Channel, Kind, Recording, array_channel
-from pftsleep.data.signals import (LINEAR, PHYSIOLOGICAL, Recipe, apply_recipe, finite_stretches, interpolate_invalid, process_channel, resample, resample_steps,
+from pftsleep.data.signals import (LINEAR, PHYSIOLOGICAL, Recipe, apply_recipe, causal, finite_stretches, interpolate_invalid, process_channel, resample, resample_steps,
     select_channels, unit_factor, usable_band, zero_phase)
 from pftsleep.errors import ChannelError, ConfigError, EDFError, SignalError
 
@@ -48,7 +48,8 @@ bands = st.one_of(st.tuples(edges, st.none()), st.tuples(st.none(), edges), st.b
 ranges = st.builds(lambda low, by: (low, low + by), st.floats(-1e4, 1e4), st.floats(.1, 1e4))
 recipes = st.builds(Recipe, name=names, channels=st.none() | st.lists(names, min_size=1, max_size=3), rate=st.none() | st.floats(.1, 1000),
     units=st.dictionaries(kinds, names, max_size=3), median=st.dictionaries(kinds, st.sampled_from([3, 5, 7]), max_size=3), clip=st.dictionaries(kinds, ranges, max_size=3),
-    valid=st.dictionaries(kinds, ranges, max_size=3), bands=st.dictionaries(kinds, bands, max_size=3), order=st.integers(1, 8))
+    valid=st.dictionaries(kinds, ranges, max_size=3), bands=st.dictionaries(kinds, bands, max_size=3), order=st.integers(1, 8),
+    phase=st.sampled_from(["zero", "causal"]), resampler=st.sampled_from(["soxr", "sinc", "fourier"]), partial=st.booleans())
 
 
 @given(recipes)
@@ -87,9 +88,9 @@ def test_the_hash_is_the_same_in_another_process():
     assert hashes == {Recipe.default(("EEG",), rate=64).hash}
 
 
-@pytest.mark.parametrize("field", ["rate", "order", "bands", "units", "valid", "clip", "median", "channels", "name"])
+@pytest.mark.parametrize("field", ["rate", "order", "bands", "units", "valid", "clip", "median", "channels", "name", "phase", "resampler", "partial"])
 def test_every_field_counts(field):
-    other = dict(rate=64, order=2, bands={"EEG": (1, 2)}, units={}, valid={}, clip={"EEG": (-1, 1)}, median={"EEG": 3}, channels=("EEG",), name="other")
+    other = dict(rate=64, order=2, bands={"EEG": (1, 2)}, units={}, valid={}, clip={"EEG": (-1, 1)}, median={"EEG": 3}, channels=("EEG",), name="other", phase="causal", resampler="sinc", partial=True)
     assert replace(Recipe.default(), **{field: other[field]}).hash != Recipe.default().hash
 
 
@@ -150,7 +151,44 @@ def test_a_role_is_a_name_in_every_study():
     assert [i.problem for i in b.issues] == [f"{n}, is the recording's '{r}'" for n, r in [("c3_m2", "EEG central"), ("LOC", "EOG left"), ("EMG", "chin EMG"), ("THOR RES", "Thorax")]]
 
 
+def test_a_role_is_the_best_there_is_even_where_it_is_a_spelling_of_a_name():
+    "'EOG left' is what some files call E1; asked for, it means the eye with its reference, which a montage has put beside the bare electrode."
+    rec = recording(*(eeg([0., 1], name=n, kind=k) for n, k in [("E1", "EOG"), ("E2", "EOG"), ("E1-M2", "EOG"), ("E2-M2", "EOG"), ("Chin1", "EMG"), ("Chin", "EMG"), ("ECG L", "ECG"), ("ECG II", "ECG")]))
+    assert [c.name for c in select_channels(rec, ("EOG left", "eog RIGHT", "chin EMG", "ECG"))] == ["E1-M2", "E2-M2", "Chin", "ECG II"]
+    assert [c.name for c in select_channels(rec, ("E1", "EOG(R)", "EOG left"))] == ["E1", "E2", "E1-M2"]
+    bare = eeg([0., 1], name="E1", kind="EOG", source_label="EOG Left")
+    assert [c.name for c in select_channels(recording(bare, eeg([0., 1], name="E1-M2", kind="EOG")), ["EOG left"])] == ["E1-M2"]
+    assert [c.name for c in select_channels(recording(bare), ["EOG left"])] == ["E1"]
+
+
+@given(st.lists(st.sampled_from(["EEG", "EOG", "C4-M1", "F3-M2", "EEG central", "SPO2", "x"]), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_a_partial_recipe_gives_what_there_is_and_names_the_rest(requests):
+    x = np.random.default_rng(0).normal(size=99)
+    rec = recording(eeg(x, name="F3-M2"), eeg(x, name="C4-M1"), eeg(x * 0, name="EOG", kind="EOG"))
+    recipe = Recipe("r", channels=requests, partial=True)
+    try: done = apply_recipe(rec, recipe)
+    except (ChannelError, SignalError): return
+    skipped = [i.channel for i in done.issues if i.action == "skipped"]
+    assert len(done.channels) + len(skipped) == len(requests) and "EOG" not in done.channels
+    try: strict = apply_recipe(rec, replace(recipe, partial=False))
+    except (ChannelError, SignalError): assert skipped
+    else: assert not skipped and list(strict.channels) == list(done.channels)
+
+
 # filters against scipy, in float64
+
+@given(st.integers(0, 2**32), st.sampled_from(RATES[5:]), st.integers(1, 6), st.sampled_from([(.3, 35.), (.5, None), (None, 5.), (1., 11.)]), st.integers(1, 3000))
+@settings(max_examples=40, deadline=None)
+def test_a_causal_filter_is_scipys(seed, fs, order, band, n):
+    band = usable_band(band, fs, fs); assume(band != (None, None))
+    x = np.random.default_rng(seed).normal(3, 20, n)
+    edges = [e for e in band if e]
+    sos = signal.butter(order, edges if len(edges) == 2 else edges[0], {2: "band"}.get(len(edges), "low" if band[0] is None else "high"), fs=fs, output="sos")
+    before = x.copy()
+    np.testing.assert_array_equal(causal(x, fs, band, order), signal.sosfilt(sos, x))
+    np.testing.assert_array_equal(x, before)
+
 
 @given(st.integers(0, 2**32), st.sampled_from(RATES[5:]), st.integers(1, 6), st.sampled_from([(.3, 35.), (.5, None), (None, 5.), (1., 11.)]), st.integers(2, 3000))
 @settings(max_examples=60, deadline=None)

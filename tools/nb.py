@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 
 
 def edit(notebook: Path) -> None:
@@ -49,7 +50,7 @@ def run(working_copy: Path) -> None:
     before = notebook.read_bytes() if notebook.exists() else None
     nb = jupytext.read(working_copy, fmt="py:percent")
     if before is not None: nb = combine_inputs_with_outputs(nb, jupytext.read(notebook), fmt="py:percent") # cells keep their ids, differences stay small
-    nb.metadata.pop("jupytext", None)
+    nb.metadata = nbformat.from_dict({"kernelspec": KERNEL}) # without it the site doesn't know the language
     try:
         nbformat.write(nb, notebook)
         export(notebook) # before executing, since worker processes import the module

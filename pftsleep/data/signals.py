@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Band', 'AASM_BANDS', 'UNITS', 'PHYSIOLOGICAL', 'LINEAR', 'HELD', 'content_hash', 'describe_band', 'Recipe',
            'select_channels', 'unit_factor', 'check_samples', 'finite_stretches', 'interpolate_invalid', 'zero_phase',
-           'usable_band', 'resample', 'resample_steps', 'process_channel', 'apply_recipe']
+           'causal', 'usable_band', 'resample', 'resample_steps', 'process_channel', 'apply_recipe']
 
 # %% ../../nbs/data/05_signals.ipynb #9a56eafb
 import hashlib
@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 import soxr
@@ -22,6 +23,7 @@ from scipy.signal import butter, sosfilt, sosfilt_zi
 
 from .edf import edf_name
 from .montage import ROLES, preference, role_of
+from .pftsleep_recipes import PFTSLEEP_BANDS, PFTSLEEP_CHANNELS, resample_fourier, resample_sinc
 from .recording import Channel, Kind, ReadIssue, Recording, array_channel, named_channels
 from ..errors import ChannelError, ConfigError, PFTSleepError, SignalError
 
@@ -82,23 +84,37 @@ def _clean_order(value) -> int:
     if int(value) != value or not 1 <= value <= 12: raise ValueError("the order must be a whole number from 1 to 12")
     return int(value)
 
+def _one_of(*words: str):
+    "Cleans a word out of a few."
+    def clean(value) -> str:
+        if value not in words: raise ValueError(f"it must be {' or '.join(map(repr, words))}")
+        return value
+    return clean
+
+def _yes_or_no(value) -> bool:
+    if not isinstance(value, bool | np.bool_): raise ValueError("it must be true or false")
+    return bool(value)
+
 def _by_kind(clean):
     "Cleans a mapping from kinds to values."
     return lambda settings: MappingProxyType({Kind(str(k).upper()).value: clean(settings[k]) for k in sorted(settings)})
 
 # %% ../../nbs/data/05_signals.ipynb #631cba17
 @dataclass(frozen=True)
-class Recipe:
-    "How raw signals become model input. Raises `ConfigError` where a setting makes no sense."
+class _Settings:
+    "What a recipe may say."
     name: str # what people call it; part of the hash
     channels: Sequence[str] | None = None # names, source labels, roles or kinds, in the order of the result; None = every physiological channel that can be used
     rate: float | None = None # Hz, one for all channels; None = each channel keeps its own
     units: Mapping[str, str] = field(default_factory=dict) # kind -> the unit that its samples must be brought to
-    median: Mapping[str, int] = field(default_factory=dict) # kind -> width of a median filter against spikes, in samples at the source's rate
+    median: Mapping[str, int] = field(default_factory=dict) # kind -> width of a median filter against spikes, in samples at the source's rate (with soxr) or at the filter's
     clip: Mapping[str, tuple[float, float]] = field(default_factory=dict) # kind -> (low, high) in that unit: what lies beyond is set to the limit
     valid: Mapping[str, tuple[float, float]] = field(default_factory=dict) # kind -> (low, high) in that unit: what lies beyond is interpolated over
     bands: Mapping[str, Band] = field(default_factory=dict) # kind -> pass band in Hz; edges are the -6 dB points of what is applied
     order: int = 4 # of the Butterworth filter, before it is run twice
+    phase: str = "zero" # 'zero': the filter runs forwards and backwards; 'causal': forwards only and from rest, so that edges are -3 dB points and the signal lags
+    resampler: str = "soxr" # 'soxr'; 'sinc' and 'fourier' are PFTSleep's in training and inference, and bring its order of steps with them
+    partial: bool = False # True: a channel that was asked for and isn't there, or can't be used, is left out and noted
 
     def __post_init__(self):
         for name, clean in _CLEAN.items():
@@ -114,20 +130,23 @@ class Recipe:
     def _stated(self) -> dict: return {k: v for k, v in self.to_dict().items() if k == "name" or v != _DEFAULTS[k]}
     def __hash__(self): return hash(self.hash)
     def __repr__(self): return f"Recipe({', '.join(f'{k}={v!r}' for k, v in self._stated().items())})"
-    def __reduce__(self): return Recipe.from_dict, (self.to_dict(),)
+    def __reduce__(self): return type(self).from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict:
         "All fields as plain data, ready for JSON."
         return json.loads(json.dumps({f.name: v if not isinstance(v := getattr(self, f.name), Mapping) else dict(v) for f in fields(self)}))
 
     @classmethod
-    def from_dict(cls, settings: Mapping) -> "Recipe":
+    def from_dict(cls, settings: Mapping) -> Self:
         "The recipe that `to_dict` described. Raises `ConfigError` on settings that a recipe doesn't have."
         if unknown := sorted(set(settings) - {f.name for f in fields(cls)}):
             raise ConfigError(f"a recipe has no setting {', '.join(unknown)}", remedy=f"it has {', '.join(f.name for f in fields(cls))}")
         if "name" not in settings: raise ConfigError("a recipe without a name", remedy="add `name`")
         return cls(**settings)
 
+# %% ../../nbs/data/05_signals.ipynb #9765c4f6
+class Recipe(_Settings):
+    "How raw signals become model input. Raises `ConfigError` where a setting makes no sense."
     @classmethod
     def native(cls, channels: Sequence[str] | None = None) -> "Recipe":
         "Samples as they stand in the source, at their own rates: an archive."
@@ -139,9 +158,26 @@ class Recipe:
         bands = {k: (low, None if rate and high >= rate / 2 else high) for k, (low, high) in AASM_BANDS.items()}
         return cls("default", channels=channels, rate=rate, units=UNITS, valid={"SPO2": (50, 100), "HR": (20, 250)}, bands=bands)
 
-# %% ../../nbs/data/05_signals.ipynb #9765c4f6
+    @classmethod
+    def pftsleep(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "What PFTSleep's published weights were trained on; None = their seven channels."
+        return cls("pftsleep", channels or PFTSLEEP_CHANNELS, 125., units={k: UNITS["EEG"] for k in ("EEG", "EOG", "EMG", "ECG")}, median={k: 3 for k in PFTSLEEP_BANDS}, bands=PFTSLEEP_BANDS,
+            order=2, phase="causal", resampler="sinc")
+
+    @classmethod
+    def pftsleep_edf(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "What PFTSleep's own inference made of an EDF file, which is something else; for comparison."
+        return replace(cls.pftsleep(channels), name="pftsleep_edf", units={}, resampler="fourier")
+
+    @classmethod
+    def pftsleep_corrected(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "PFTSleep's channels and rate with the filters of `default`, for models that we train."
+        return replace(cls.default(channels or PFTSLEEP_CHANNELS, 125.), name="pftsleep_corrected")
+
+# %% ../../nbs/data/05_signals.ipynb #fbc70f5e
 _CLEAN = dict(name=_clean_name, channels=_clean_channels, rate=lambda r: None if r is None else _positive(r), units=_by_kind(str), median=_by_kind(_clean_size),
-    clip=_by_kind(_clean_range), valid=_by_kind(_clean_range), bands=_by_kind(_clean_band), order=_clean_order)
+    clip=_by_kind(_clean_range), valid=_by_kind(_clean_range), bands=_by_kind(_clean_band), order=_clean_order,
+    phase=_one_of("zero", "causal"), resampler=_one_of("soxr", "sinc", "fourier"), partial=_yes_or_no)
 _DEFAULTS = Recipe("any").to_dict()
 
 # %% ../../nbs/data/05_signals.ipynb #8c087c64
@@ -156,31 +192,40 @@ def _inventory(channels: Sequence[Channel]) -> str:
     return "; ".join(f"{c.name} ({role_of(c) or c.kind}{label(c)})" for c in channels) or "no channel at all"
 
 # %% ../../nbs/data/05_signals.ipynb #481511b4
+def _is_role(c: Channel, asked: str) -> bool: return asked in _RENAMED and (role_of(c) or "").casefold() == asked
+
 _MATCHES = ( # whether a channel is what was asked for, the most exact way first
     lambda c, asked: c.name.strip().casefold() == asked,
-    lambda c, asked: c.source_label.strip().casefold() == asked,
-    lambda c, asked: c.name.casefold() == edf_name(asked)[0].casefold(),
+    lambda c, asked: c.source_label.strip().casefold() == asked and not _is_role(c, asked),
+    lambda c, asked: asked not in _RENAMED and c.name.casefold() == edf_name(asked)[0].casefold(), # 'EOG left' is a spelling of E1, and a label too, but means the best there is
     lambda c, asked: (role_of(c) or "").casefold() == asked,
     lambda c, asked: c.kind.value.casefold() == asked)
+
+def _match(recording: Recording, requests: Sequence[str] | None) -> dict[int, Channel]: # number of the request, or of the channel where they are None -> channel
+    "What there is of the channels that were asked for."
+    there = list(recording.channels.values())
+    if requests is None: return dict(enumerate(c for c in there if c.kind in PHYSIOLOGICAL))
+    found: dict[int, Channel] = {}
+    for matches in _MATCHES:
+        for i, asked in enumerate(r.strip().casefold() for r in requests):
+            free = [c for c in there if not any(c is taken for taken in found.values()) and matches(c, asked)]
+            if i not in found and free: found[i] = min(free, key=preference) if asked in _RENAMED else free[0]
+    return {i: found[i] for i in sorted(found)}
 
 def select_channels(
     recording: Recording, # as its reader made it
     requests: Sequence[str] | None, # canonical names, source labels, roles or kinds, case ignored; None = every physiological channel
 ) -> list[Channel]: # in the order of the requests; of the recording where they are None
     "The channels that were asked for. Raises `ChannelError` where one isn't there, with a list of what is."
-    there, found = list(recording.channels.values()), {}
-    if requests is None: requests, found = (), {i: c for i, c in enumerate(c for c in there if c.kind in PHYSIOLOGICAL)}
-    for matches in _MATCHES:
-        for i, asked in enumerate(r.strip().casefold() for r in requests):
-            free = [c for c in there if not any(c is taken for taken in found.values()) and matches(c, asked)]
-            if i not in found and free: found[i] = min(free, key=preference) if asked in _RENAMED else free[0]
-    missing = [f"'{r}'" for i, r in enumerate(requests) if i not in found]
+    found = _match(recording, requests)
+    missing = [f"'{r}'" for i, r in enumerate(requests or ()) if i not in found]
     if missing or not found:
         raise ChannelError(f"there is no (further) channel for {', '.join(missing) or 'a recipe that takes every physiological one'}", path=recording.id,
-            remedy=f"ask for what this recording has: {_inventory(there)}; a montage may derive more (see `explain`)")
-    return [found[i] for i in sorted(found)]
+            remedy=f"ask for what this recording has: {_inventory(list(recording.channels.values()))}; a montage may derive more (see `explain`)")
+    return list(found.values())
 
-_RENAMED = {role.casefold(): next((n for n in about.names if n.casefold() == role.casefold()), role) for role, about in ROLES.items() if role.upper() not in Kind.__members__} # role -> its channel's name
+_RENAMED: dict[str, str] = {role.casefold(): next((n for n in about.names if n.casefold() == role.casefold()), role) for role, about in ROLES.items()
+    if role.upper() not in Kind.__members__ or len(about.names) > 1} # role -> its channel's name
 
 # %% ../../nbs/data/05_signals.ipynb #351708e2
 _VOLTS = {"V": 1., "mV": 1e-3, "uV": 1e-6, "nV": 1e-9}
@@ -236,10 +281,12 @@ def zero_phase(
     overwrite_x: bool = False, # True: the result takes the place of `x`, which saves a copy of the night
 ) -> np.ndarray: # [T] float64
     "Butterworth filter, forwards and backwards (Gustafsson 1996 on why the ends need care; the same as scipy's `sosfiltfilt`)."
-    edges = [e for e in band if e is not None]
-    how = "bandpass" if len(edges) == 2 else "lowpass" if band[0] is None else "highpass"
-    sos = butter(order, edges if len(edges) == 2 else edges[0], how, fs=fs, output="sos")
-    return _there_and_back(sos, x if overwrite_x else x.copy(), min(len(x) - 1, math.ceil(3 * fs / edges[0])))
+    longest = 3 / next(e for e in band if e is not None) # s
+    return _there_and_back(_butterworth(fs, band, order), x if overwrite_x else x.copy(), min(len(x) - 1, math.ceil(fs * longest)))
+
+def _butterworth(fs: float, band: Band, order: int) -> np.ndarray: # second-order sections
+    low, high = band
+    return butter(order, high if low is None else low if high is None else band, "lowpass" if low is None else "highpass" if high is None else "bandpass", fs=fs, output="sos")
 
 _BLOCK = 2**18 # samples; small enough for the processor's cache
 
@@ -257,6 +304,19 @@ def _there_and_back(sos: np.ndarray, x: np.ndarray, mirrored: int) -> np.ndarray
     state = steady * (after if mirrored else x)[-1]
     for part in (after, x): state = _run(sos, part[::-1], state)
     return x
+
+# %% ../../nbs/data/05_signals.ipynb #17674ce2
+def causal(
+    x: np.ndarray, # [T] float64, finite
+    fs: float, # Hz
+    band: Band, # -3 dB points, below fs / 2
+    order: int = 2, # of the one pass; a band-pass has twice as many poles
+    overwrite_x: bool = False, # as for `zero_phase`
+) -> np.ndarray: # [T] float64
+    "Butterworth filter, forwards, as if there had been zeros before (the same as scipy's `sosfilt`)."
+    sos, y = _butterworth(fs, band, order), x if overwrite_x else x.copy()
+    _run(sos, y, np.zeros((len(sos), 2)))
+    return y
 
 # %% ../../nbs/data/05_signals.ipynb #b876f714
 def usable_band(
@@ -318,19 +378,44 @@ def resample_steps(
     return x[np.clip(np.floor(at + 1e-6).astype(int), 0, len(x) - 1)] if hold else np.interp(at, np.arange(len(x)), x)
 
 # %% ../../nbs/data/05_signals.ipynb #d87c2878
+def _median_of_three(x: np.ndarray) -> np.ndarray: # `x` itself
+    "What scipy's median filter of width 3 gives, by comparing, without a copy of the night."
+    left = x[:1].copy()
+    for a in range(0, len(x), some := _BLOCK // 16):
+        p = np.concatenate([left, x[a:a + some + 1], x[len(x) - (a + some >= len(x)):]]) # ends are continued
+        left = x[a + some - 1:a + some].copy()
+        x[a:a + some] = np.maximum(np.minimum(p[:-2], p[1:-1]), np.minimum(np.maximum(p[:-2], p[1:-1]), p[2:]))
+    return x
+
+def _despike(x: np.ndarray, ch: Channel, recipe: Recipe) -> np.ndarray:
+    "`x` through the recipe's median filter, in its own place where that can be."
+    size = recipe.median.get(ch.kind)
+    return x if not size else _median_of_three(x) if size == 3 else median_filter(x, size, mode="nearest")
+
+# %% ../../nbs/data/05_signals.ipynb #39a994df
 def _clean_stretch(x: np.ndarray, ch: Channel, recipe: Recipe) -> tuple[np.ndarray, int]:
-    "One stretch without spikes and impossible values, and how many samples were interpolated."
-    if size := recipe.median.get(ch.kind): x = median_filter(x, size, mode="nearest")
+    "One stretch without impossible values, and with soxr without spikes; and how many samples were interpolated."
+    if recipe.resampler == "soxr": x = _despike(x, ch, recipe)
     if limits := recipe.clip.get(ch.kind): x = np.clip(x, *limits)
     return interpolate_invalid(x, *recipe.valid[ch.kind]) if ch.kind in recipe.valid else (x, 0)
 
-def _filter_and_resample(x: np.ndarray, ch: Channel, recipe: Recipe, band: Band | None, first: int, out: tuple[int, int]) -> np.ndarray:
-    "One clean stretch, filtered at the higher one of the two rates; `x` is used up."
+def _to_rate(x: np.ndarray, ch: Channel, recipe: Recipe, first: int, out: tuple[int, int]) -> np.ndarray:
     rate = recipe.rate or ch.fs
-    if band and ch.fs >= rate: x = zero_phase(x, ch.fs, band, recipe.order, overwrite_x=True)
-    if _same(ch.fs, rate) or ch.kind in LINEAR | HELD: x = resample_steps(x, ch.fs, rate, first, out, hold=ch.kind not in LINEAR)
-    else: x = resample(x, ch.fs, rate, first, out)
-    return zero_phase(x, rate, band, recipe.order, overwrite_x=True) if band and ch.fs < rate else x
+    if _same(ch.fs, rate) or ch.kind in HELD or (ch.kind in LINEAR and recipe.resampler == "soxr"): return resample_steps(x, ch.fs, rate, first, out, hold=ch.kind not in LINEAR)
+    return {"soxr": resample, "sinc": resample_sinc, "fourier": resample_fourier}[recipe.resampler](x, ch.fs, rate, first, out)
+
+def _filter_and_resample(x: np.ndarray, ch: Channel, recipe: Recipe, band: Band | None, first: int, out: tuple[int, int]) -> np.ndarray:
+    "One clean stretch, filtered at `_filter_rate`; `x` is used up."
+    fs = _filter_rate(ch, recipe)
+    before = _same(fs, ch.fs)
+    if not before: x = _to_rate(x, ch, recipe, first, out)
+    if recipe.resampler != "soxr": x = _despike(x, ch, recipe)
+    if band: x = (zero_phase if recipe.phase == "zero" else causal)(x, fs, band, recipe.order, overwrite_x=True)
+    return _to_rate(x, ch, recipe, first, out) if before else x
+
+def _filter_rate(ch: Channel, recipe: Recipe) -> float: # Hz
+    rate = recipe.rate or ch.fs
+    return rate if recipe.resampler == "fourier" else max(ch.fs, rate)
 
 def _same(a: float, b: float) -> bool: return math.isclose(a, b, rel_tol=1e-9)
 
@@ -370,7 +455,7 @@ def process_channel(
     unit, rate = recipe.units.get(ch.kind, ch.unit), recipe.rate or ch.fs
     if ch.kind == Kind.ACTIVITY and not _same(ch.fs, rate): raise SignalError("counts can't be resampled", remedy="add them up first, or use a recipe without a rate")
     wanted, factor = recipe.bands.get(ch.kind), unit_factor(ch.unit, unit)
-    band = usable_band(wanted, ch.fs, rate) if wanted else None
+    band = usable_band(wanted, ch.fs if recipe.resampler == "soxr" else _filter_rate(ch, recipe), rate) if wanted else None
     lowest = next((e for e in band or () if e is not None), math.inf) # the edge that needs the longest signal
     x = check_samples(_in_double(ch), ch.kind)
     x *= factor
@@ -389,13 +474,16 @@ def process_channel(
     return array_channel(ch.name, y, rate, unit, ch.kind, **kept), notes
 
 # %% ../../nbs/data/05_signals.ipynb #d567542e
-def _as_asked(recording: Recording, requests: Sequence[str] | None) -> tuple[dict[str, Channel], list[ReadIssue]]:
-    "The chosen channels under the names that the result has, and which channel has which role."
-    chosen, issues = select_channels(recording, requests), []
-    for i, asked in enumerate(requests or ()):
-        ch = chosen[i]
-        chosen[i] = replace(ch, name=_RENAMED.get(asked.strip().casefold(), ch.name))
-        if chosen[i].name != ch.name: issues.append(ReadIssue("noted", f"{ch.name}{f', against {ch.reference}' if ch.reference else ''}, is the recording's '{chosen[i].name}'", ch.source_label or ch.name))
+def _as_asked(recording: Recording, recipe: Recipe) -> tuple[dict[str, Channel], list[ReadIssue]]:
+    "The chosen channels under the names that the result has; which channel has which role, and what there isn't."
+    found = _match(recording, recipe.channels)
+    if not (found and recipe.partial): found = dict(enumerate(select_channels(recording, recipe.channels))) # which says what is missing
+    chosen, issues = list(found.values()), []
+    for i, asked in enumerate(recipe.channels or ()):
+        if i not in found: issues.append(ReadIssue("skipped", "there is no (further) channel for it", asked)); continue
+        ch, name = found[i], _RENAMED.get(asked.strip().casefold(), found[i].name)
+        chosen[list(found).index(i)] = replace(ch, name=name)
+        if name != ch.name: issues.append(ReadIssue("noted", f"{ch.name}{f', against {ch.reference}' if ch.reference else ''}, is the recording's '{name}'", ch.source_label or ch.name))
     return named_channels(chosen), issues
 
 # %% ../../nbs/data/05_signals.ipynb #e67e5ffd
@@ -404,13 +492,13 @@ def apply_recipe(
     recipe: Recipe, # what to do
 ) -> Recording: # channels in memory, in the order of the requests; recipe name and hash in the provenance
     "The recording as the recipe wants it. Raises `ChannelError` and `SignalError`, naming recording, channel and remedy."
-    wanted, said = _as_asked(recording, recipe.channels)
+    wanted, said = _as_asked(recording, recipe)
     channels, failed, issues = {}, [], [*recording.issues, *said]
     for name, ch in wanted.items():
         try: channels[name], notes = process_channel(ch, recipe, recording.duration)
         except PFTSleepError as e:
             error = type(e)(e.problem, e.path or recording.id, e.channel or name, e.remedy)
-            if recipe.channels is not None or not isinstance(e, ChannelError | SignalError): raise error from e
+            if (recipe.channels is not None and not recipe.partial) or not isinstance(e, ChannelError | SignalError): raise error from e
             failed.append(error)
             notes = [ReadIssue("skipped", f"{e.problem}; {e.remedy}", ch.source_label or name)]
         issues += notes

@@ -15,18 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import common_rate, load_window
+from ..data.pftsleep_recipes import windows_of
 from ..data.recording import Hypnogram, Recording, Stage
 from ..data.signals import Recipe
 from ..errors import ModelError, SignalError
+from .head_parts import Head, load_head
 from .heads import LinearProbe
 from .transformer import PatchTransformer
+from .weights import PublishedStager, load_published
 
 # %% ../../nbs/models/02_stager.ipynb #0828f051
 class Stager(nn.Module):
     "Signals in, stages out."
     def __init__(self,
         encoder: PatchTransformer,
-        head: LinearProbe, # reads the encoder's tokens
+        head: LinearProbe | Head, # reads the encoder's tokens
         recipe: Recipe, # how its input has to be prepared
         provenance: Mapping | None = None, # what it was trained on, and how; plain data
     ):
@@ -40,23 +43,38 @@ class Stager(nn.Module):
     def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor: # [B, C, T], [B, C, T] -> logits [B, E, 5]
         return self.head(self.encoder.encode(x, pad))
 
+    @property
+    def window(self) -> int | None: # epochs that the encoder takes at once; None = any number
+        c = self.encoder.config
+        return c.max_patches and round(c.max_patches * c.seconds_per_token / self.epoch_length)
+
+    def _part(self, rec: Recording, first: int, stop: int, precision: str) -> tuple[Tensor, Tensor]: # [stop - first, 5] logits, [stop - first] True = no signal
+        fixed = self.encoder.config.upstream # a published model takes its whole length, and zeros for a channel that isn't there
+        w = load_window(rec, self.channels, first, self.window if fixed and self.window else stop - first, self.epoch_length, missing=True)
+        pad, device = w["pad"].all(0).expand_as(w["pad"]) if fixed else w["pad"], next(self.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): logits = self.eval()(w["x"][None].to(device), pad[None].to(device))[0].float().cpu()
+        return logits[:stop - first], w["pad"].all(0).unflatten(-1, (len(logits), -1)).all(-1)[:stop - first]
+
     @torch.inference_mode()
     def stage(self,
         rec: Recording, # prepared with `recipe`, of any length from one epoch on
+        allow_missing: bool = False, # stage although channels are missing; they are padding to our models, and zeros to published ones
+        precision: str = "float32", # 'float32' or 'bf16'
     ) -> Hypnogram: # as long as the recording in whole epochs; with probabilities
-        "Stage a whole recording at once. Epochs without any signal are UNSCORED. Raises `ModelError` for other channels or rates, `SignalError` for less than an epoch."
+        "Stage a whole recording. Epochs without any signal are UNSCORED. Raises `ModelError` for other channels or rates, `SignalError` for less than an epoch."
         epochs = int(rec.duration / self.epoch_length + 1e-9)
         if not epochs: raise SignalError(f"{rec.duration:g} s are less than one epoch of {self.epoch_length:g} s", path=rec.id, remedy="nothing can be staged")
-        if missing := [c for c in self.channels if c not in rec.channels]:
-            raise ModelError(f"no channel {', '.join(missing)}", path=rec.id, remedy=f"this model was trained on {', '.join(self.channels)}; the recording has {', '.join(rec.channels)}")
-        self.encoder.config.check(self.channels, common_rate(rec, self.channels))
-        w = load_window(rec, self.channels, 0, epochs, self.epoch_length)
-        device = next(self.parameters()).device
-        probabilities = self.eval()(w["x"][None].to(device), w["pad"][None].to(device))[0].softmax(-1).cpu().numpy()
-        empty = w["pad"].unflatten(-1, (epochs, -1)).all(-1).all(0).numpy()
+        there = [c for c in self.channels if c in rec.channels]
+        if missing := [c for c in self.channels if c not in there]:
+            if not (allow_missing and there): raise ModelError(f"no channel {', '.join(missing)}", path=rec.id, remedy=f"this model was trained on {', '.join(self.channels)}; the recording has {', '.join(rec.channels)}")
+        self.encoder.config.check(self.channels, common_rate(rec, there))
+        logits, seen, empty = torch.zeros(epochs, 5), torch.zeros(epochs, 1), torch.zeros(epochs, dtype=torch.bool)
+        for first, stop in windows_of(epochs, self.window or epochs): # the last two windows may overlap: their logits are averaged
+            part, nothing = self._part(rec, first, stop, precision)
+            logits[first:stop] += part; seen[first:stop] += 1; empty[first:stop] = nothing
+        probabilities = (logits / seen).softmax(-1).numpy()
         probabilities[empty] = np.nan
-        stages = np.where(empty, int(Stage.UNSCORED), probabilities.argmax(-1))
-        return Hypnogram(stages, self.epoch_length, start=rec.start, scorer="pftsleep", probabilities=probabilities)
+        return Hypnogram(np.where(empty, int(Stage.UNSCORED), probabilities.argmax(-1)), self.epoch_length, start=rec.start, scorer="pftsleep", probabilities=probabilities)
 
 # %% ../../nbs/models/02_stager.ipynb #2c7a5b75
 def save_stager(
@@ -71,15 +89,24 @@ def save_stager(
     return folder
 
 def load_stager(
-    folder: str | Path, # written by `save_stager`
+    folder: str | Path, # written by `save_stager`, or a published classifier file
 ) -> Stager: # in eval mode
     "Read a stager. Raises `ModelError` when a part is missing, changed, or doesn't fit the others."
     folder, again = Path(folder), "copy the folder again"
+    if folder.is_file(): return _published(folder)
     try: facts = json.loads((folder / "stager.json").read_text())
-    except FileNotFoundError as e: raise ModelError("no stager here", path=folder, remedy="give a folder that holds stager.json, as `pftsleep probe` writes it") from e
+    except FileNotFoundError as e: raise ModelError("no stager here", path=folder, remedy="give a folder that holds stager.json, as `pftsleep probe` writes it, or the file of a published classifier, such as "
+        "pft_sleep_classifier.ckpt from huggingface.co/benmfox/PFTSleep, which its authors give access to on request") from e
     except (ValueError, OSError) as e: raise ModelError(f"stager.json can't be read: {e}", path=folder, remedy=again) from e
     if not isinstance(facts, dict) or facts.get("format") != "pftsleep-stager/1": raise ModelError("stager.json has a format that is not one of this version", path=folder, remedy=again)
-    encoder, head = PatchTransformer.from_pretrained(folder / "encoder"), LinearProbe.from_pretrained(folder / "head")
+    encoder, head = PatchTransformer.from_pretrained(folder / "encoder"), load_head(folder / "head")
     if encoder.config.channels != head.config.channels: raise ModelError("encoder and head were made for different channels", path=folder, remedy=again)
     try: return Stager(encoder, head, Recipe.from_dict(facts["recipe"]), facts["provenance"]).eval()
     except (KeyError, TypeError) as e: raise ModelError(f"stager.json lacks {e}", path=folder, remedy=again) from e
+
+def _published(file: Path) -> Stager:
+    "The published encoder and probe in one file."
+    model = load_published(file)
+    if not isinstance(model, PublishedStager): raise ModelError(f"it holds a {type(model).__name__}, which doesn't stage", path=file, remedy="give the classifier's file, which holds encoder and probe")
+    if model.recipe is None: raise ModelError("it was made for other channels than the published ones, and nothing says how to prepare them", path=file, remedy="load it with `load_published`, and make a `Stager` with your recipe")
+    return Stager(model.encoder, model.head, Recipe.from_dict(model.recipe), {k: str(v) for k, v in model.provenance.items()}).eval()

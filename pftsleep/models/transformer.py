@@ -69,7 +69,7 @@ class PatchConfig:
     @classmethod
     def pftsleep(cls, **changes) -> Self:
         "The published PFTSleep encoder: 8 h of seven channels at 125 Hz in patches of 6 s."
-        settings: dict[str, Any] = dict(channels=("ECG", "EOG-L", "EMG-Chin", "EEG", "SpO2", "Thorax", "Abdomen"), rate=125., patch=750, d_model=512, n_layers=3,
+        settings: dict[str, Any] = dict(channels=("ECG", "EOG left", "chin EMG", "EEG central", "SpO2", "Thorax", "Abdomen"), rate=125., patch=750, d_model=512, n_layers=3,
             n_heads=4, d_ff=2048, embedding="per_channel", position="learned", max_patches=4800, norm="batch", pre_norm=False, final_norm=False,
             residual_attention=True, dropout=.1, upstream=True)
         return cls(**settings | changes)
