@@ -130,7 +130,13 @@ def test_it_reads_what_is_asked_for_and_no_more():
     assert max(stop - start for start, stop in a.read.asked) <= 2**20 # a long night in blocks
 
 
-@pytest.mark.parametrize("other, why", [(dict(fs=128.), "256 and 128 Hz"), (dict(values=[1., 2.]), "3 and 2 samples"), (dict(unit="%"), "units 'uV' and '%'"), (dict(unit="quux"), "units 'uV' and 'quux'"), (dict(unit=""), "units 'uV' and ''")])
+def test_a_file_that_was_cut_inside_a_record_keeps_its_derivations():
+    "The last incomplete record holds all of one electrode's samples and a part of the other's."
+    rec = apply_montage(night(channel("C4", np.arange(8192.)), channel("M1", np.arange(8183.) / 2)), [Derivation("C4-M1", ("C4 - M1",))])
+    np.testing.assert_array_equal(rec["C4-M1"].samples(), np.arange(8183., dtype="float32") / 2)
+
+
+@pytest.mark.parametrize("other, why", [(dict(fs=128.), "256 and 128 Hz"), (dict(values=[1.] * 16000), "3 and 16000 samples"), (dict(unit="%"), "units 'uV' and '%'"), (dict(unit="quux"), "units 'uV' and 'quux'"), (dict(unit=""), "units 'uV' and ''")])
 def test_what_doesnt_fit_together_isnt_subtracted(other, why):
     m1 = channel("M1", **{"values": [1., 2., 3.], "unit": "uV", **other}) if "unit" not in other else replace(channel("M1", [1., 2., 3.]), **other)
     rec = apply_montage(night(channel("C4"), m1), [Derivation("C4-M1", ("C4 - M1",))])

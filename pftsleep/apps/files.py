@@ -79,9 +79,9 @@ def _said(e: PFTSleepError) -> str: return f"{type(e).__name__}: {f'channel {e.c
 def _row(i: _Inspected) -> dict[str, object]:
     "A file in the summary."
     if i.recording is None: return dict(hours="", channels="", findings="", issues="", stages="", worst=i.error)
-    plain = i.plain()
+    plain, lost = i.plain(), [scrub(x.problem) for x in i.recording.issues if x.action == "dropped" or "is cut" in x.problem]
     return dict(hours=f"{i.recording.duration / 3600:.2f}", channels=len(plain["channels"]), findings=sum(bool(c["findings"]) for c in plain["channels"]), issues=len(plain["issues"]),
-        stages=f"{len(i.hypnogram)} x {i.hypnogram.epoch_length:g} s" if i.hypnogram else i.stages, worst=plain["worst"])
+        stages=f"{len(i.hypnogram)} x {i.hypnogram.epoch_length:g} s" if i.hypnogram else i.stages, worst=(lost or [plain["worst"]])[0])
 
 # %% ../../nbs/apps/06_files.ipynb #b5849f06
 def _summary(found: list[_Inspected], base: Path) -> pd.DataFrame: return pd.DataFrame([_row(i) for i in found], [i.path.relative_to(base).as_posix() for i in found])

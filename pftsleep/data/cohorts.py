@@ -48,7 +48,7 @@ class Cohort:
     hypnogram_format: str | None = None # handed to `read_annotations`; None = detected
     montage: tuple[Derivation, ...] = STANDARD # what becomes which channel, at its native rate
     ignored: tuple[str, ...] = () # patterns of labels that are no signals
-    words: tuple[tuple[str, str], ...] = () # what words of this study's annotations mean, where they mean something else or nothing elsewhere: word, known word
+    words: tuple[tuple[str, str], ...] = () # what words of events mean in this study, where they mean something else or nothing elsewhere: word, known word
     verified: str = "simulated only" # 'read on a real file', 'written from its public documentation' or 'simulated only', with what was read
     link: str = "" # that documentation
     traps: tuple[str, ...] = () # what has misled people, in a sentence each
@@ -115,7 +115,9 @@ def _families(cohort: Cohort, source: Path, files: Sequence[Path]) -> dict[str, 
     if len(tables) != 1: raise SplitError(f"{len(tables)} tables match {pattern}, which tells the families", path=source, remedy="put the one of your release into this folder")
     try: table = pd.read_csv(tables[0], dtype=str, usecols=[person, family], encoding_errors="replace").dropna()
     except (ValueError, OSError) as e: raise SplitError(f"it doesn't tell the families: {e}", path=tables[0], remedy=f"it needs the columns {person} and {family}") from e
-    return dict(zip(table[person].str.strip(), table[family].str.strip(), strict=True))
+    table = table.apply(lambda c: c.str.strip().str.removesuffix(".0")).replace("", pd.NA).dropna().drop_duplicates() # a column with gaps is often written as 1.0, 2.0
+    if (twice := table[person].duplicated()).any(): raise SplitError(f"subject {table[person][twice].iloc[0]} stands in two families", path=tables[0], remedy="ask the study which is right")
+    return dict(zip(table[person], table[family], strict=True))
 
 # %% ../../nbs/data/07_cohorts.ipynb #9af397e5
 FOLDER = Cohort("folder", annotations=("{stem}-nsrr.xml", "{stem}-profusion.xml", "{stem}.edf.xml", "{stem}.xml", "{stem}-hypnogram.edf", "{stem}-hyp.csv", "{stem}.csv", "{stem}.txt"),

@@ -87,7 +87,7 @@ def read_night(
     h = _hypnogram(scorings, night, rec.hypnogram)
     if scorings and h is not None and h is rec.hypnogram: rec = replace(rec, issues=(*rec.issues, ReadIssue("noted", f"the lists of {len(scorings)} scorers don't fit the signal; the stages that came with it are used")))
     if h is not None: return align(rec, h, policy)[0]
-    return replace(rec, issues=(*rec.issues, ReadIssue("noted", "no file with stages was found: unlabelled"))) if cohort.annotations else rec
+    return replace(rec, issues=(*rec.issues, ReadIssue("noted", "the annotations have no stages: unlabelled" if scorings else "no file with stages was found: unlabelled"))) if cohort.annotations else rec
 
 def prepare_night(
     night: Night,

@@ -344,7 +344,7 @@ def _records_of(at: _Layout, s: _Signal) -> Iterator[bytes]:
     if at.rest > s.offset: yield _tail(at, s).tobytes()
 
 # %% ../../nbs/data/02_edf.ipynb #445ec01e
-_LONGEST_PAUSE = 7 * 86400. # s
+_LONGEST_PAUSE, _MOST_PAUSED = 7 * 86400., 2**29 # s; samples of one channel in all pauses together: 12 days at 512 Hz
 
 def _runs(h: _Header, onsets: np.ndarray) -> tuple[list[tuple[int, float]], list[ReadIssue]]: # first record and its time (s after the first sample) of each run
     "Runs of records without a pause."
@@ -353,13 +353,13 @@ def _runs(h: _Header, onsets: np.ndarray) -> tuple[list[tuple[int, float]], list
     if not rates or np.isnan(onsets).all(): return runs, []
     broken = h.format.endswith("+D")
     allowed = .5 / max(*rates, .1) if broken else 1.
-    times = onsets - np.nan_to_num(onsets[0])
+    times, longest = onsets - np.nan_to_num(onsets[0]), lambda: min(_LONGEST_PAUSE, _MOST_PAUSED / max(rates) - pause)
     for i, (t, then) in enumerate(zip(times, [*times[1:], np.nan], strict=True)):
         due = runs[-1][1] + (i - runs[-1][0]) * h.seconds
         jump = t - (due if broken else last[1] + (i - last[0]) * h.seconds) # in a continuous file a slow drift of the clock is no pause
-        if i and allowed < jump < _LONGEST_PAUSE and not then < t: pause += jump; runs.append((i, float(due + jump)))
+        if i and allowed < jump < longest() and not then < t: pause += jump; runs.append((i, float(due + jump)))
         elif i and broken and not abs(jump) <= allowed: wrong += 1; continue
-        elif not abs(jump) < _LONGEST_PAUSE: continue
+        elif not abs(jump) < longest(): continue
         last = i, t
     issues = []
     if len(runs) > 1: issues.append(ReadIssue("noted" if broken else "repaired", f"{len(runs) - 1} pauses, {pause:g} s in all; the samples there are NaN"))

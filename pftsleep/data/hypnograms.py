@@ -40,8 +40,8 @@ W, N1, N2, N3, REM, UNSCORED = Stage.W, Stage.N1, Stage.N2, Stage.N3, Stage.REM,
 # %% ../../nbs/data/03_hypnograms.ipynb #7f9aeb12
 _LOOKS_LIKE_A_STAGE = re.compile(r"(Sleep(-\w+)?|State|Stage\w*)$|^(Wake|REM sleep|Stage \d sleep|Movement|Unscored)\|", re.IGNORECASE)
 
-def _is_stage(event: Element, typed: bool) -> bool:
-    if typed: return (event.findtext("{*}EventType") or "").strip().casefold().startswith("stages")
+def _is_stage(event: Element) -> bool:
+    if kind := (event.findtext("{*}EventType") or "").strip(): return kind.casefold().startswith("stages")
     return bool(_LOOKS_LIKE_A_STAGE.search((event.findtext("{*}EventConcept") or "").strip()))
 
 # %% ../../nbs/data/03_hypnograms.ipynb #5233f639
@@ -51,11 +51,10 @@ def _read_psg_annotation(path: Path) -> Scoring:
     "NSRR or PhysioMIMI XML: runs of stages among other events."
     root = _rooted(path, "PSGAnnotation")
     events = [(f"event {i}", event) for i, event in enumerate(root.findall(".//{*}ScoredEvent"), 1)]
-    typed = any(event.find("{*}EventType") is not None for _, event in events)
-    runs = [(where, event) for where, event in events if _is_stage(event, typed)]
+    runs = [(where, event) for where, event in events if _is_stage(event)]
     origin = clock_in(next((e.findtext("{*}ClockTime") for _, e in events if _concept(e) == "Recording Start Time"), None))
     others = event_table((number_in(e.findtext("{*}Start"), f"Start of {where}", path), duration_in(e.findtext("{*}Duration")), _concept(e),
-        (e.findtext("{*}SignalLocation") or "").strip()) for where, e in events if not _is_stage(e, typed) and _concept(e) not in ("", "Recording Start Time"))
+        (e.findtext("{*}SignalLocation") or "").strip()) for where, e in events if not _is_stage(e) and _concept(e) not in ("", "Recording Start Time"))
     if not runs: return Scoring(None, others, origin)
     stages = stages_of([_concept(e) for _, e in runs], NSRR_STAGES | PHYSIOMIMI_STAGES, lambda i: runs[i][0], path)
     onsets, durations = ([number_in(e.findtext(f"{{*}}{tag}"), f"{tag} of {where}", path) for where, e in runs] for tag in ("Start", "Duration"))
@@ -166,6 +165,9 @@ def _table(path: Path) -> _Table:
     else: raise HypnogramError(f"no column of '{content[0][1][:80]}' is known", path, remedy=f"name them in a header: {', '.join(COLUMNS)}; or name the format")
     for row, i in zip(rows, lines, strict=True):
         if len(row) != len(roles): raise HypnogramError(f"line {i} has {len(row)} columns, not {len(roles)}", path)
+    known = {i for i, _ in numbered}
+    if len(roles) == 1 and lines and (blank := next((i for i in range(lines[0], lines[-1]) if i not in known), None)):
+        raise HypnogramError(f"line {blank} is blank, and all later stages would be an epoch early without it", path, remedy="write '?' where nobody scored, or remove the line")
     for role in COLUMNS:
         if roles.count(role) > 1: raise HypnogramError(f"{roles.count(role)} columns could be the {role}", path, remedy="keep one of them")
     if any(roles) and content[0][1].startswith(delimiter): roles[0] = "index" # pandas leaves the header of its index blank
@@ -248,7 +250,9 @@ def detect_format(
     except (OSError, ValueError) as e:
         raise HypnogramError(f"can't be read: {getattr(e, 'strerror', None) or e}", path, remedy="check path and permissions") from e
     if len(head) > 1 and any(magic.startswith(head[:8]) for magic in (b"0       ", b"\xffBIOSEMI")): return "edf" # also where the file ends within these bytes
-    if not head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").startswith(b"<"): return detect_study_format(path) or "csv"
+    if not head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").startswith(b"<"):
+        if Path(path).suffix.lower() == ".xml": raise HypnogramError("it is called .xml and holds none", path, remedy="fetch the file again")
+        return detect_study_format(path) or "csv"
     root = read_xml(path).tag.rpartition("}")[2]
     if root == "CMPStudyConfig": return "profusion"
     if root == "PSGAnnotation": return "nsrr"

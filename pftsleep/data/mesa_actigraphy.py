@@ -29,13 +29,14 @@ INTERVALS = ("ACTIVE", "REST", "REST-S", "EXCLUDED") # REST-S: from sleep onset 
 
 # %% ../../nbs/data/24_mesa_actigraphy.ipynb #529641a9
 _NEEDED = ("line", "linetime", "offwrist", "activity")
-_MAX_BYTES, _MAX_DAYS = 64 * 2**20, 62 # a week is 2 MB; a damaged day number must not ask for years of memory
+_MAX_BYTES, _MAX_COLUMNS, _MAX_DAYS = 64 * 2**20, 1000, 62 # a week is 2 MB; a damaged day number must not ask for years of memory
 
 def _table(path: Path, needed: tuple[str, ...], remedy: str) -> pd.DataFrame:
     "The rows of a file, as text, under its header."
     try:
         with path.open("rb") as f: raw = f.read(_MAX_BYTES + 1)
         if len(raw) > _MAX_BYTES: raise ReadError(f"more than {_MAX_BYTES // 2**20} MB", path, remedy="a week of actigraphy has some 2 MB; check what this is")
+        if max(line.count(b",") for line in raw.splitlines() or [b""]) > _MAX_COLUMNS: raise ReadError(f"a row of more than {_MAX_COLUMNS} cells", path, remedy=remedy)
         rows = pd.read_csv(io.BytesIO(raw), header=None, dtype=str, keep_default_na=False, encoding_errors="replace").fillna("").astype(str)
     except (OSError, ValueError) as e: raise ReadError(f"not a table: {e}", path, remedy="check the path and copy the file again") from e
     table = rows.iloc[1:].reset_index(drop=True)
@@ -48,8 +49,8 @@ def _table(path: Path, needed: tuple[str, ...], remedy: str) -> pd.DataFrame:
 def _numbers(table: pd.DataFrame, column: str, path: Path) -> np.ndarray: # [rows] float64, NaN where blank
     text = table[column].str.strip()
     values = pd.to_numeric(text, errors="coerce").to_numpy("float64")
-    wrong = ~np.isfinite(values) & (text != "").to_numpy()
-    if wrong.any(): raise ReadError(f"{column} in row {wrong.argmax() + 1} is no number", path, remedy="the file may be damaged: copy it again")
+    wrong = ~((values >= 0) & (values < 1e30)) & (text != "").to_numpy()
+    if wrong.any(): raise ReadError(f"{column} in row {wrong.argmax() + 1} is no number from 0 on", path, remedy="the file may be damaged: copy it again")
     return values
 
 def _whole(table: pd.DataFrame, column: str, path: Path) -> np.ndarray: # [rows] int64

@@ -190,7 +190,7 @@ def _clash(a: Channel, b: Channel, unit_a: str, unit_b: str) -> str | None:
     "Why one can't be taken from the other."
     if a is b: return "the two sides are one channel"
     if not math.isclose(a.fs, b.fs, rel_tol=1e-9): return f"{a.fs:g} and {b.fs:g} Hz"
-    if a.n_samples != b.n_samples: return f"{a.n_samples} and {b.n_samples} samples"
+    if abs(a.n_samples - b.n_samples) > 60 * a.fs: return f"{a.n_samples} and {b.n_samples} samples"
     if unit_a != unit_b: return f"units {unit_a!r} and {unit_b!r}"
     return None if unit_a else "the unit of neither is stated"
 
@@ -201,7 +201,7 @@ def _subtracted(a: Channel, b: Channel, d: Derivation) -> Channel | _Unmet:
     if isinstance(of_a, _Unmet) or isinstance(of_b, _Unmet): return _Unmet(f"{how} isn't used: {next(u.why for u in (of_a, of_b) if isinstance(u, _Unmet))}")
     if why := _clash(a, b, of_a[0], of_b[0]): return _Unmet(f"{how} isn't used: {why}")
     step = min(a.resolution * of_a[1], b.resolution * of_b[1]) if a.resolution and b.resolution else None
-    return Channel(d.name, kind, a.fs, of_a[0], a.n_samples, _Difference(a, b, (of_a[1], of_b[1])), edf_name(d.name)[2], how, step)
+    return Channel(d.name, kind, a.fs, of_a[0], min(a.n_samples, b.n_samples), _Difference(a, b, (of_a[1], of_b[1])), edf_name(d.name)[2], how, step)
 
 # %% ../../nbs/data/16_montage.ipynb #3feb87af
 def _attempt(channels: Sequence[Channel], alternative: str, d: Derivation) -> tuple[Channel | _Unmet, Channel | None]: # the result, and the channel that it replaces

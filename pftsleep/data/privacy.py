@@ -159,7 +159,7 @@ def patient_shift(
 # %% ../../nbs/data/19_privacy.ipynb #13d674a7
 def _moved(day: date | None, shift_days: int | None, path: Path) -> date | None: # None = 1 January 1985
     "The date to write."
-    if day is None or shift_days is None: return None
+    if day is None or shift_days is None or day == date(1985, 1, 1): return None # nobody's date, as in all files of the NSRR
     if shift_days == 0: raise ConfigError("a shift of 0 days keeps the date", path, remedy="give another number, or none to blank it")
     try: new = day + timedelta(days=shift_days)
     except OverflowError: new = date.min
@@ -268,7 +268,7 @@ def _plan(path: Path, shift_days: int | None) -> _Plan:
     n_records, notes = _n_kept(h, size, path)
     day = _day(h)
     signals, more = _signal_part(raw[256:], len(h.signals), who, n_records)
-    if shift_days is not None and day is None: notes.append("no date that could be shifted: blanked")
+    if shift_days is not None and day in (None, date(1985, 1, 1)): notes.append("no date that could be shifted: blanked")
     return _Plan(_fixed_part(h, n_records, _moved(day, shift_days, path)) + signals, n_records, h, who, _spellings(who, *texts), (*notes, *more))
 
 # %% ../../nbs/data/19_privacy.ipynb #a4d8eb78
@@ -495,11 +495,25 @@ def _copies(source: Path, rename: bool, known: Mapping[str, str]) -> list[_Copy]
     files = sorted(p for p in source.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(base).parts)) if source.is_dir() else [source]
     groups: dict[str, list[Path]] = defaultdict(list)
     for p in files: groups[_group(p.relative_to(base))[0]].append(p)
+    groups = _joined(groups)
     groups = dict(sorted(groups.items(), key=lambda x: (not any(p.suffix.lower() in _EDF for p in x[1]), x[0])))
     who = {g: _who(members, g) for g, members in groups.items()}
     names = _new_names({g: person for g, (person, _) in who.items()}, known) if rename else {}
     new = lambda p, g: Path(names[g] + _group(p)[1] + p.suffix.lower()) if rename else p.relative_to(base)
     return [_Copy(p, p.relative_to(base).as_posix(), g, new(p, g), *who[g]) for g, members in groups.items() for p in members]
+
+# %% ../../nbs/data/19_privacy.ipynb #96069c9b
+def _joined(groups: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
+    "Annotations that lie in another folder belong to the only recording of their name, and to its person."
+    homes, out = defaultdict(list), {g: list(members) for g, members in groups.items()}
+    for g, members in groups.items():
+        if any(p.suffix.lower() in _EDF for p in members): homes[Path(g).name].append(g)
+    for g, members in groups.items():
+        home = homes.get(Path(g).name, [])
+        if len(home) != 1 or home[0] == g: continue
+        end = lambda p: (_group(p)[1], p.suffix.lower())
+        if {*map(end, members)}.isdisjoint(map(end, out[home[0]])): out[home[0]] += out.pop(g) # or else two files would get one name
+    return out
 
 # %% ../../nbs/data/19_privacy.ipynb #99461ee9
 def _new_names(people: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,8 @@ def read_signals(
 ) -> Recording: # samples stay in the file until asked for
     "The signals of a file. Raises `ReadError` where nobody knows how to read it, and what its reader raises."
     ending = Path(path).suffix.lower()
+    if Path(path).is_dir(): raise ReadError("this is a folder", path=path, remedy="give one recording")
     if ending in (".dat", ".mat"): raise ReadError("these are bytes that only a header explains", path, remedy="give the file RECORD.hea beside it")
+    if not Path(path).exists(): raise ReadError("there is no such file", path=path, remedy="check the path")
     if ending not in READERS: raise ReadError(f"no reader for '{ending}' files", path, remedy=f"we read {', '.join(READERS)}")
     return READERS[ending](path)

@@ -34,7 +34,7 @@ import pandas as pd
 import zarr
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import FsspecStore
 
 from .. import __version__
@@ -197,7 +197,7 @@ def _write_array(group: zarr.Group, place: str, values: np.ndarray, chunk: int |
     chunks = (*values.shape[:-1], chunk or max(1, n))
     shards = (chunks[0] * max(1, -(-n // chunks[0])),) if chunk else None
     facts = json.loads(json.dumps(facts, default=_plain))
-    array = group.create_array(place, shape=values.shape, dtype=values.dtype, chunks=chunks, shards=shards, compressors=[CODEC], attributes=facts,
+    array = group.create_array(place, shape=values.shape, dtype=values.dtype, chunks=chunks, shards=shards, compressors=[CODEC, Crc32cCodec()], attributes=facts,
         fill_value=MISSING if values.dtype == np.int16 else np.nan if values.dtype.kind == "f" else 0, config={"write_empty_chunks": True}) # so that a lost file isn't taken for a gap
     array[...] = values
     return facts | dict(array=place, dtype=str(values.dtype), shape=list(values.shape), sha256=hashlib.sha256(np.ascontiguousarray(values).data).hexdigest())

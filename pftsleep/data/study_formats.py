@@ -63,11 +63,14 @@ class _Mark(NamedTuple):
     sample: int
     text: str
 
+_MAX_MARKED = 2**22 # bytes; those that we have seen have 13 000
 _SKIP, _NUM, _AUX = 59, 60, 63 # codes of annot(5); between NUM and AUX: fields that nobody here needs
 
 def _wfdb_marks(data: bytes, path) -> list[_Mark]:
-    "The annotations of a WFDB file in MIT format."
+    "The annotations of a WFDB file in MIT format that have a text."
+    if len(data) > _MAX_MARKED: raise HypnogramError(f"{len(data)} bytes are too many for WFDB annotations", path, remedy="is this the right file?")
     marks: list[_Mark] = []
+    mark: int | None = None # where the last annotation is
     at, i = 0, 0
     while i + 2 <= len(data):
         code, interval = divmod(int.from_bytes(data[i:i + 2], "little"), 1024)
@@ -77,12 +80,11 @@ def _wfdb_marks(data: bytes, path) -> list[_Mark]:
             at += int.from_bytes(data[i:i + 2], "little", signed=True) * 65536 + int.from_bytes(data[i + 2:i + 4], "little")
             i += 4
         elif code == _AUX:
-            if not marks: break
-            marks[-1] = marks[-1]._replace(text=data[i:i + interval].decode("latin-1").rstrip("\0"))
+            if mark is None: break
+            marks.append(_Mark(mark, data[i:i + interval].decode("latin-1").rstrip("\0")))
             i += interval + interval % 2
         elif code < _NUM:
-            at += interval
-            marks.append(_Mark(at, ""))
+            at = mark = at + interval
     raise HypnogramError("no WFDB annotation file, or one that was cut", path, remedy="fetch the file again")
 
 # %% ../../nbs/data/13_study_formats.ipynb #122a8500
@@ -319,7 +321,7 @@ def _integers(values, what: str, path) -> list[str]:
     if not isinstance(values, list) or not values: raise HypnogramError(f"{what} is no list of stages", path, remedy="it must be a list of whole numbers")
     for i, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool): raise HypnogramError(f"{str(value)[:40]!r} at epoch {i + 1} is no whole number", path)
-    return [str(value) if abs(value) < 1000 else "?" for value in values]
+    return [str(value) for value in values]
 
 def _legend(legend, path) -> dict[str, Stage]:
     "Stages by number, from the words that a file gives them."

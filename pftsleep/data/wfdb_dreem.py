@@ -390,4 +390,5 @@ def read_isruc(
     "Stages of a night of ISRUC-Sleep, one number for every 30 s. Raises `HypnogramError` for unknown numbers, naming the line."
     rows = [(k, line.strip()) for k, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     if not rows: raise HypnogramError("no lines", path, remedy="fetch the file again")
+    if rows[-1][0] > len(rows): raise HypnogramError(f"line {next(n for n, (k, _) in enumerate(rows, 1) if k != n)} is blank, and all later stages would be an epoch early without it", path, remedy="fetch the file again")
     return Scoring(Hypnogram(stages_of([cell for _, cell in rows], ISRUC_CODES, lambda i: f"line {rows[i][0]}", path), AASM_EPOCH))

@@ -65,6 +65,7 @@ def region_sums(
     visible_weight: float = 0., # weight of a patch that was not hidden; 0 = only hidden ones count, 1 = all alike
 ) -> tuple[Tensor, Tensor]: # weighted sum of errors, sum of weights
     "Numerator and denominator of `region_loss`."
+    error = error.to(torch.promote_types(error.dtype, torch.float32)) # half precision can't count to ten thousand patches
     weight = (mask.to(error) + (~mask).to(error) * visible_weight) * (~pad).to(error)
     return (error.mean(-1) * weight).sum(), weight.sum()
 

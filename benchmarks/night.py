@@ -1,0 +1,81 @@
+"""One 8-h night through the published PFTSleep encoder and probe: ours beside the original's way of attention. Prints one JSON line per way, and their ratios.
+
+    python benchmarks/night.py [--threads 2] [--repeats 3] [--precision float32 bf16]
+
+Weights are random, of the published size (14.6 M and 49.3 M parameters); the input is noise, its last half hour padding. The naive way keeps a table of scores for all channels and heads and adds it to the next layer's, as the original
+does; everything else is the same module. Each way runs in a process of its own, so that its peak memory is its own; `peak_mib` counts everything, `idle_mib` is what Python, the weights and the input take.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from pftsleep.models.head_parts import Head, HeadConfig
+from pftsleep.models.transformer import Attention, PatchConfig, PatchTransformer
+
+T = 3_600_000 # samples: 8 h at 125 Hz
+
+
+def naive_attention(self, x, pad=None, angle=None, past=None, return_attention=False):
+    "As the original: a table of scores for each channel and head, kept for the next layer."
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * self.scale
+    if past is not None: scores = scores + past
+    if pad is not None: scores.masked_fill_(pad[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    if pad is not None: weights = weights.masked_fill(pad[:, None, None], 0)
+    return self.out((weights @ v).transpose(1, 2).flatten(2)), scores, None
+
+
+def memory(what: str) -> float: # MiB of this program; 'VmHWM' is its peak
+    return round(int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1024, 1)
+
+
+@torch.inference_mode()
+def measure(way: str, precision: str, threads: int, repeats: int) -> dict:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    encoder, head = PatchTransformer(PatchConfig.pftsleep()).eval(), Head(HeadConfig.pftsleep()).eval()
+    if way == "naive": Attention.forward = naive_attention
+    x, pad = torch.randn(1, 7, T), torch.zeros(1, T, dtype=torch.bool)
+    pad[:, -125 * 1800:] = True
+    idle, took = memory("VmRSS"), {"encoder": [], "probe": []}
+    for _ in range(repeats + 1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            began = time.perf_counter(); tokens = encoder.encode(x, pad)
+            took["encoder"].append(time.perf_counter() - began)
+            began = time.perf_counter(); logits = head(tokens)
+            took["probe"].append(time.perf_counter() - began)
+    facts = {f"{k}_s": round(statistics.median(v[1:] or v), 2) for k, v in took.items()} | {f"{k}_spread_s": round(max(v[1:] or v) - min(v[1:] or v), 2) for k, v in took.items()}
+    return dict(benchmark="night", way=way, precision=precision, threads=threads, repeats=repeats, **facts, total_s=round(facts["encoder_s"] + facts["probe_s"], 2), idle_mib=idle, peak_mib=memory("VmHWM"),
+        check=logits.double().square().sum().item(), torch=torch.__version__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
+    parser.add_argument("--way", choices=["naive", "ours"], help="only this one, in this process")
+    args = parser.parse_args()
+    if args.way: return print(json.dumps(measure(args.way, args.precision[0], args.threads, args.repeats)))
+    found = {}
+    for way, precision in [("naive", "float32"), *(("ours", p) for p in args.precision)]:
+        command = [sys.executable, __file__, "--way", way, "--precision", precision, "--threads", str(args.threads), "--repeats", str(args.repeats)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        print(text, flush=True)
+        found[way, precision] = json.loads(text)
+    base = found["naive", "float32"]
+    for (way, precision), f in found.items():
+        if way == "naive": continue
+        if abs(f["check"] / base["check"] - 1) > (1e-3 if precision == "float32" else .1): raise SystemExit(f"the two ways disagree: {base['check']} and {f['check']}")
+        print(json.dumps(dict(benchmark="night", what=f"naive float32 / ours {precision}", encoder_ratio=round(base["encoder_s"] / f["encoder_s"], 2), total_ratio=round(base["total_s"] / f["total_s"], 2),
+            memory_ratio=round(base["peak_mib"] / f["peak_mib"], 2))), flush=True)
+
+
+if __name__ == "__main__": main()
