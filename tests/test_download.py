@@ -27,7 +27,7 @@ from pftsleep.data import download as module
 from pftsleep.data.download import (
     NotAuthorised,
     RemoteFile,
-    Report,
+    Transfers,
     Site,
     Token,
     download,
@@ -129,7 +129,7 @@ class NSRR:
 EDF1, EDF2 = "polysomnography/edfs/a-1.edf", "polysomnography/edfs/a-2.edf"
 def status(code, **headers): return lambda h, name: h.reply(b"<p>no</p>", code, **headers)
 def page(code=200, **headers): return lambda h, name: h.reply(PAGE, code, **headers)
-def error(report: Report, path: str): return next((o.error, o.message) for o in report.failed if o.path == path)
+def error(report: Transfers, path: str): return next((o.error, o.message) for o in report.failed if o.path == path)
 def parts(folder: Path): return sorted(p.name for p in folder.rglob("*.part*"))
 def failures(folder: Path): return {r["path"]: r["error"] for r in csv.DictReader((folder / "failed.csv").open())} if (folder / "failed.csv").exists() else {}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'FAILED', 'MANIFEST_COLUMNS', 'STATES', 'FAILED_COLUMNS', 'NotAuthorised', 'Token', 'find_token', 'Site',
            'safe_path', 'RemoteFile', 'list_files', 'Release', 'find_release', 'check_token', 'select_files',
-           'read_manifest', 'local_state', 'Plan', 'plan_download', 'Outcome', 'checksums', 'Report', 'fetch',
+           'read_manifest', 'local_state', 'Plan', 'plan_download', 'Transfer', 'checksums', 'Transfers', 'fetch',
            'download']
 
 # %% ../../nbs/data/20_download.ipynb #db513e0d
@@ -496,7 +496,7 @@ def _append(job: _Job, part: Path, chunks: Iterable[bytes], room: int) -> int:
 
 # %% ../../nbs/data/20_download.ipynb #9ec20087
 @dataclass(frozen=True)
-class Outcome:
+class Transfer:
     "What became of one file."
     path: str # inside the data set
     status: str # 'done', 'skipped' (was there already) or 'failed'
@@ -536,35 +536,35 @@ def _complete(job: _Job, file: RemoteFile) -> tuple[str, str]:
 # %% ../../nbs/data/20_download.ipynb #86378dec
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
-def _bring(job: _Job, file: RemoteFile, state: str) -> Outcome:
+def _bring(job: _Job, file: RemoteFile, state: str) -> Transfer:
     "One file, whatever happens; only an order to stop gets through."
     final = job.target / file.path
     try:
-        if state == "there": return Outcome(file.path, "skipped")
+        if state == "there": return Transfer(file.path, "skipped")
         if state == "check":
             md5, sha = checksums(final)
             if file.md5 in (None, md5):
                 job.tick(file.size)
-                return Outcome(file.path, "skipped", "", "", md5, sha)
-        return Outcome(file.path, "done", "", "", *_complete(job, file))
-    except DownloadError as e: return Outcome(file.path, "failed", type(e).__name__, str(DownloadError(e.problem, file.path, remedy=e.remedy)))
+                return Transfer(file.path, "skipped", "", "", md5, sha)
+        return Transfer(file.path, "done", "", "", *_complete(job, file))
+    except DownloadError as e: return Transfer(file.path, "failed", type(e).__name__, str(DownloadError(e.problem, file.path, remedy=e.remedy)))
     except OSError as e: # of the disk: those of the network have been translated
         remedy = "free some space and run again: what is there is kept" if e.errno in _FULL else "may this folder be written to?"
-        return Outcome(file.path, "failed", "DiskFull" if e.errno in _FULL else "DiskError", str(DownloadError(f"it can't be written: {e.strerror or e}", file.path, remedy=remedy)))
+        return Transfer(file.path, "failed", "DiskFull" if e.errno in _FULL else "DiskError", str(DownloadError(f"it can't be written: {e.strerror or e}", file.path, remedy=remedy)))
 
 # %% ../../nbs/data/20_download.ipynb #8c8beb05
 FAILED_COLUMNS = ["path", "error", "message"]
 
 @dataclass(frozen=True)
-class Report:
+class Transfers:
     "The outcomes of one run."
-    outcomes: tuple[Outcome, ...] # of each file
+    outcomes: tuple[Transfer, ...] # of each file
     target: Path # folder of the download
     reason: str = "" # why it ended early
 
-    def of(self, status: str) -> list[Outcome]: return [o for o in self.outcomes if o.status == status]
+    def of(self, status: str) -> list[Transfer]: return [o for o in self.outcomes if o.status == status]
     @property
-    def failed(self) -> list[Outcome]: return self.of("failed")
+    def failed(self) -> list[Transfer]: return self.of("failed")
     def __str__(self):
         head = ", ".join(f"{len(self.of(s))} {s}" for s in ("done", "skipped", "failed"))
         failed = self.failed
@@ -572,7 +572,7 @@ class Report:
         return "\n".join([head, *([f"ended early: {self.reason}"] if self.reason else []), *(f"  {o.error}: {o.message}" for o in failed[:10]), *more])
 
 # %% ../../nbs/data/20_download.ipynb #09748a17
-def _write_failed(target: Path, outcomes: Iterable[Outcome]) -> None:
+def _write_failed(target: Path, outcomes: Iterable[Transfer]) -> None:
     "The list of failures: those of this run, and those of earlier runs about other files."
     outcomes = list(outcomes)
     known, path = {o.path for o in outcomes}, target / FAILED
@@ -585,14 +585,14 @@ def _write_failed(target: Path, outcomes: Iterable[Outcome]) -> None:
 # %% ../../nbs/data/20_download.ipynb #61f83acf
 _REFUSALS = 5 # in a row
 
-def _early_end(recent: list[Outcome]) -> str:
+def _early_end(recent: list[Transfer]) -> str:
     "Why the rest would fail as well; '' if it wouldn't."
     if recent and recent[-1].error == "DiskFull": return "the disk is full"
     last = recent[-_REFUSALS:]
     return f"the server has refused {_REFUSALS} files in a row" if len(last) == _REFUSALS and all(o.error == "NotAuthorised" for o in last) else ""
 
 # %% ../../nbs/data/20_download.ipynb #1751fe61
-def _manifest_row(plan: Plan, file: RemoteFile, o: Outcome) -> dict | None:
+def _manifest_row(plan: Plan, file: RemoteFile, o: Transfer) -> dict | None:
     "A line about a file that is there; None if the manifest has it already, for this very release."
     old, r = plan.noted.get(file.path), plan.release
     if o.status == "failed" or (not o.md5 and (old is None or (old["dataset"], old["version"]) == (r.dataset, r.version))): return None
@@ -604,11 +604,11 @@ def fetch(
     site: Site,
     plan: Plan,
     connections: int = 2, # files at a time, 1 to 8
-) -> Report:
+) -> Transfers:
     "Bring everything that a plan names. Raises `DownloadError` only if nothing can be done at all; single failures stand in the report and in failed.csv."
     if not 1 <= connections <= 8: raise ConfigError(f"{connections} connections", remedy="1 to 8")
     _check_room(plan)
-    outcomes: list[Outcome] = [Outcome(str(e.path), "failed", type(e).__name__, str(e)) for e in plan.refused]
+    outcomes: list[Transfer] = [Transfer(str(e.path), "failed", type(e).__name__, str(e)) for e in plan.refused]
     by_path, reason, lock, site = {f.path: f for f in plan.files}, "", threading.Lock(), replace(site, stop=threading.Event())
     total = plan.missing() + sum(f.size for f, s in zip(plan.files, plan.states, strict=True) if s == "check")
     with ThreadPoolExecutor(connections) as pool, tqdm(total=total, desc=plan.release.dataset, unit="B", unit_scale=True, disable=None) as bar:
@@ -619,7 +619,7 @@ def fetch(
             futures: dict[Future, str] = {pool.submit(_bring, job, f, s): f.path for f, s in zip(plan.files, plan.states, strict=True)}
             for future in as_completed(futures):
                 try: o = future.result()
-                except (_Stopped, CancelledError): o = Outcome(futures[future], "failed", "NotTried", f"{futures[future]}: not fetched: {reason}")
+                except (_Stopped, CancelledError): o = Transfer(futures[future], "failed", "NotTried", f"{futures[future]}: not fetched: {reason}")
                 outcomes.append(o)
                 if row := _manifest_row(plan, by_path[o.path], o): _write_rows(plan.target / MANIFEST, MANIFEST_COLUMNS, [row], "a")
                 if not reason and (reason := _early_end(outcomes)):
@@ -629,7 +629,7 @@ def fetch(
             site.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             if plan.target.is_dir(): _write_failed(plan.target, outcomes)
-    return Report(tuple(sorted(outcomes, key=lambda o: o.path)), plan.target, reason)
+    return Transfers(tuple(sorted(outcomes, key=lambda o: o.path)), plan.target, reason)
 
 # %% ../../nbs/data/20_download.ipynb #eb0c1cab
 def _check_room(plan: Plan) -> None:
@@ -649,6 +649,6 @@ def download(
     target: str | Path, # folder for the files
     connections: int = 2, # files at a time
     **selection, # include, exclude, archived, verify: see `plan_download`
-) -> Report:
+) -> Transfers:
     "Plan and fetch."
     return fetch(site, plan_download(site, slug, path, target, **selection), connections)
