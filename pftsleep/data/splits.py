@@ -8,10 +8,8 @@ __all__ = ['Split', 'split_keys', 'make_split', 'make_folds', 'block_folds', 'fo
 # %% ../../nbs/data/09_splits.ipynb #982bbdc6
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -23,6 +21,7 @@ import pandas as pd
 from .recording import SCORED_STAGES
 from .signals import content_hash
 from ..errors import SplitError
+from ..files import write_whole
 
 # %% ../../nbs/data/09_splits.ipynb #8b43a1f5
 @dataclass(frozen=True)
@@ -170,14 +169,8 @@ FORMAT = "pftsleep-split/1"
 
 def _write_whole(path: Path, text: str) -> None:
     "Writes beside `path` and renames, so that a reader finds the old file or the new one."
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8") as f:
-            f.write(text); f.flush(); os.fsync(f.fileno())
-        part.replace(path)
+    try: write_whole(path, text.encode())
     except OSError as e: raise SplitError(f"it can't be written: {e.strerror}", path=path, remedy="check the folder and the space on the disk") from e
-    finally:
-        with suppress(OSError): part.unlink()
 
 def _read_split(path: Path) -> Split:
     "The split in a file, its hash verified. Raises `SplitError`."
