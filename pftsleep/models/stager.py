@@ -65,8 +65,8 @@ class Stager(nn.Module):
         epochs = int(rec.duration / self.epoch_length + 1e-9)
         if not epochs: raise SignalError(f"{rec.duration:g} s are less than one epoch of {self.epoch_length:g} s", path=rec.id, remedy="nothing can be staged")
         there = [c for c in self.channels if c in rec.channels]
-        if missing := [c for c in self.channels if c not in there]:
-            if not (allow_missing and there): raise ModelError(f"no channel {', '.join(missing)}", path=rec.id, remedy=f"this model was trained on {', '.join(self.channels)}; the recording has {', '.join(rec.channels)}")
+        if (missing := [c for c in self.channels if c not in there]) and not (allow_missing and there):
+            raise ModelError(f"no channel {', '.join(missing)}", path=rec.id, remedy=f"this model was trained on {', '.join(self.channels)}; the recording has {', '.join(rec.channels)}")
         self.encoder.config.check(self.channels, common_rate(rec, there))
         logits, seen, empty = torch.zeros(epochs, 5), torch.zeros(epochs, 1), torch.zeros(epochs, dtype=torch.bool)
         for first, stop in windows_of(epochs, self.window or epochs): # the last two windows may overlap: their logits are averaged
