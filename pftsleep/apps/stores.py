@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from tqdm import tqdm
@@ -136,7 +137,7 @@ def executor_of(
     else: yield None
 
 def recipe_of(
-    kind: str, # 'default' or 'native'
+    kind: str, # 'default', or the name of another recipe: 'native', 'pftsleep', 'pftsleep_corrected'
     channels: list[str] | None, # names, roles or kinds; None = all
     rate: float, # Hz
     model: str | None, # folder of a stager, whose recipe goes before everything else
@@ -145,12 +146,13 @@ def recipe_of(
     if model:
         from pftsleep.models.stager import load_stager # a command without a model shouldn't wait for torch
         return load_stager(model).recipe
-    return Recipe.native(channels) if kind == "native" else Recipe.default(channels, rate)
+    return Recipe.default(channels, rate) if kind == "default" else {"native": Recipe.native, "pftsleep": Recipe.pftsleep, "pftsleep_corrected": Recipe.pftsleep_corrected}[kind](channels)
 
 # %% ../../nbs/apps/08_stores.ipynb #9c909528
 def prepare(
     source: str, # an archive: a store that was converted with the recipe `native`
     target: str, # folder of the new store; continued when it is there
+    recipe: Literal["default", "pftsleep", "pftsleep_corrected"] = "default", # how signals become model input
     channels: list[str] | None = None, # names, roles or kinds to keep, in this order, e.g. "EEG central,EOG left,ECG"; all physiological ones if not given
     rate: float = 100., # sampling rate of every channel, Hz
     model: str | None = None, # folder of a stager: use its recipe in place of `channels` and `rate`
@@ -158,7 +160,7 @@ def prepare(
     scheduler: str | None = None, # address of a Dask scheduler, such as tcp://10.0.0.1:8786, in place of `workers`
 ) -> int: # exit code
     "Make a store for a model from an archive, without the source files."
-    with executor_of(workers, scheduler) as executor: ledger = archives.prepare(open_store(source), target, recipe_of("default", channels, rate, model), executor)
+    with executor_of(workers, scheduler) as executor: ledger = archives.prepare(open_store(source), target, recipe_of(recipe, channels, rate, model), executor)
     print(ledger)
     print(stored(open_store(target), ledger))
     return 1 if ledger.failed else 0
