@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pftsleep.errors import ConfigError, ModelError
+from pftsleep.models import transformer
 from pftsleep.models.transformer import BatchNorm, InstanceNorm, PatchConfig, PatchTransformer, Reconstruction, attend, rotate
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "pftsleep"
@@ -178,6 +179,50 @@ def test_attention_equals_its_definition(settings, masked, n):
     for got in results[::2]:
         for mine, definition in zip(got, results[1], strict=True):
             assert torch.isfinite(mine).all() and (mine - definition).abs().max() < 1e-9 * max(1, definition.abs().max())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block", [2**22, 700, 50, 1])
+@pytest.mark.parametrize("residual", [False, True])
+def test_attention_by_rows_equals_its_definition(residual, block, masked, monkeypatch):
+    "Without gradients, some rows of some heads of some channels after the other, whatever their number."
+    monkeypatch.setattr(transformer, "_BLOCK", block)
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.tiny(channels=("a", "b"), d_model=16, n_heads=2, d_ff=32, position="none", residual_attention=residual, n_layers=3)).double().eval()
+    for i, b in enumerate(encoder.blocks): b.attention.scale.fill_(.35 + .1 * i)
+    tokens, pad = rand(3, 2, 23, 16), some_padding(3, 2, 23) if masked else None
+    with torch.no_grad():
+        before, wanted = tokens.clone(), naive_run(encoder, tokens, pad)
+        out = encoder.run(tokens, pad)
+        assert torch.equal(tokens, before) and (out - wanted).abs().max() < 1e-9
+        assert (encoder.run(tokens, pad, return_attention=True)[0] - wanted).abs().max() < 1e-9
+    assert (encoder.run(tokens, pad) - wanted).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("n", [50, 3000, 5000])
+def test_channels_one_after_the_other_are_channels_together(n):
+    "Rotary positions of each channel's own, padding, and more tokens than are run at once."
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.tiny(channels=("a", "b", "c"), d_model=8, n_heads=1, d_ff=8)).eval()
+    tokens, pad, places = rand(1, 3, n, 8, dtype=torch.float32), some_padding(1, 3, n), torch.arange(3 * n).view(1, 3, n) // 2
+    together = encoder.run(tokens, pad, places).detach()
+    with torch.no_grad(): assert (encoder.run(tokens, pad, places) - together).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("settings", [dict(residual_attention=True, pre_norm=False, norm="batch", final_norm=False, n_layers=3, upstream=True, max_patches=20), dict(norm="batch"), dict()], ids=["pftsleep", "batch", "layer"])
+def test_a_frugal_step_is_the_same_step(settings):
+    "Loss, gradients and the statistics of batch norm, with dropout and padding."
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.tiny(channels=("a", "b"), dropout=.2, **settings)).double().train()
+    state, tokens, pad, found = {k: v.clone() for k, v in encoder.state_dict().items()}, rand(2, 2, 20, 64), some_padding(2, 2, 20), []
+    for on in (False, True):
+        encoder.load_state_dict(state)
+        encoder.frugal(on).zero_grad()
+        torch.manual_seed(1)
+        loss = encoder.run(tokens, pad).square().sum()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in encoder.blocks.parameters() if p.requires_grad), *(b.clone() for b in encoder.buffers())])
+    for a, b in zip(*found, strict=True): assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_rows_without_a_key_are_exact_zeros():

@@ -39,7 +39,7 @@ def probe(
     split: str | None = None, # split file; that of the encoder's pretraining if not given
     train: StagingConfig = StagingConfig(), # settings
 ) -> int: # exit code
-    "Train a linear probe for sleep stages on a frozen encoder."
+    "Train a head for sleep stages on a frozen encoder: a linear probe, unless told otherwise."
     recordings = open_store(store)
     beside = Path(encoder).parent / "split.json"
     who = _split(recordings, out, split or (str(beside) if beside.exists() else None), train.seed)
