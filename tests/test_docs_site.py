@@ -56,6 +56,13 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+def load(browser, address: str) -> None:
+    "Chromium's driver comes back from large pages before all of them is there, on a busy machine."
+    from selenium.webdriver.support.wait import WebDriverWait
+    browser.get(address)
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.readyState === 'complete' && location.href === arguments[0] && !!document.querySelector('footer')", address))
+
+
 def pages(site: Path) -> list[str]: return sorted(p for p in (p.relative_to(site).as_posix() for p in site.rglob("*.html")) if not p.startswith("_static"))
 
 
@@ -85,7 +92,7 @@ def test_every_page_loads_without_error_and_asks_nobody_else(browser, site, url)
     browser.get("about:blank")
     browser.get_log("performance"), browser.get_log("browser") # what the browser's own first page did
     for page in pages(site):
-        browser.get(url + page)
+        load(browser, url + page)
         eager_images(browser)
         asked, failed = traffic(browser)
         seen += any(a == url + page for a in asked)
@@ -102,7 +109,7 @@ def test_links_between_pages_lead_somewhere(browser, site, url):
     "Also to the places within pages, which a web server can't refuse."
     targets, broken = {}, []
     for page in pages(site):
-        browser.get(url + page)
+        load(browser, url + page)
         targets[page] = browser.execute_script("return [...document.querySelectorAll('[id], [name]')].map(e => e.id || e.name)"), \
             browser.execute_script("return [...document.querySelectorAll('a[href]')].map(a => a.href).filter(h => h.startsWith(arguments[0]))", url)
     for page, (_, links) in targets.items():
@@ -166,7 +173,7 @@ def test_no_page_is_wider_than_the_window(browser, site, url, width):
     try:
         wide = []
         for page in pages(site):
-            browser.get(url + page)
+            load(browser, url + page)
             if (needs := browser.execute_script("return document.documentElement.scrollWidth")) > width + 1: wide.append(f"{page} needs {needs} px")
         assert not wide, wide
     finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
