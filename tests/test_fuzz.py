@@ -139,7 +139,7 @@ def test_only_our_errors_come_out(seeds, group, tmp_path): fuzz(group, seeds[gro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", RUNS)
-def test_only_our_errors_come_out_at_length(seeds, group, tmp_path): fuzz(group, seeds[group], tmp_path, 60 * RUNS[group])
+def test_only_our_errors_come_out_at_length(seeds, group, tmp_path): fuzz(group, seeds[group], tmp_path, 10 * RUNS[group])
 
 
 # --- hypothesis, where no other test mutates a file that was whole
