@@ -52,6 +52,8 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
     driver.set_page_load_timeout(60)
+    driver.set_script_timeout(60)
+    driver.implicitly_wait(10) # an element that is asked for may still be on its way
     yield driver
     driver.quit()
 
@@ -125,10 +127,9 @@ def test_links_between_pages_lead_somewhere(browser, site, url):
 def test_search_finds_a_public_name(browser, url, name):
     from selenium.webdriver.support.ui import WebDriverWait
     browser.get(f"{url}search.html?q={name}")
-    hits = WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", "ul.search li a"))
-    assert any(hit.get_attribute("href").endswith(f".{name}") for hit in hits), f"no entry of {name} among {[h.text for h in hits]}"
-    first = next(hit for hit in hits if hit.get_attribute("href").endswith(f".{name}"))
-    browser.get(first.get_attribute("href"))
+    hits = lambda b: b.execute_script("return [...document.querySelectorAll('ul.search li a')].map(a => a.href)") # in one go, since they come one after the other
+    found = WebDriverWait(browser, 60).until(lambda b: [h for h in hits(b) if h.endswith(f".{name}")], f"no entry of {name}")
+    load(browser, found[0])
     shown = browser.find_elements("css selector", f"dt[id$='.{name}']")
     assert shown and shown[0].is_displayed()
 
@@ -140,18 +141,19 @@ def test_a_search_without_hits_says_so(browser, url):
 
 
 def test_the_start_page_shows_a_figure_and_the_wings(browser, url):
-    browser.get(f"{url}index.html")
+    from selenium.webdriver.support.ui import WebDriverWait
+    load(browser, f"{url}index.html")
     eager_images(browser)
     figures = browser.execute_script("return [...document.querySelectorAll('.cell_output img')].map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
     assert figures and all(natural > 100 and shown > 100 for natural, shown in figures), figures
     cards = browser.find_elements("css selector", ".wings .sd-card")
     assert len(cards) >= 3
     cards[0].click()
-    assert browser.current_url.endswith("/data/index.html")
+    WebDriverWait(browser, 20).until(lambda b: b.current_url.endswith("/data/index.html"))
 
 
 def test_parameters_are_a_table_with_meanings(browser, url):
-    browser.get(f"{url}data/recording.html")
+    load(browser, f"{url}data/recording.html")
     table = browser.find_element("xpath", "//dt[contains(@id, '.array_channel')]/following-sibling::dd//table")
     rows = {row.find_element("css selector", "td").text: [cell.text for cell in row.find_elements("css selector", "td")] for row in table.find_elements("css selector", "tbody tr")}
     assert rows["fs"] == ["fs", "float", "Hz"]
@@ -160,7 +162,7 @@ def test_parameters_are_a_table_with_meanings(browser, url):
 
 
 def test_source_links_lead_to_the_line(browser, url):
-    browser.get(f"{url}data/recording.html")
+    load(browser, f"{url}data/recording.html")
     link = browser.find_element("xpath", "//dt[contains(@id, '.array_channel')]/following-sibling::dd//a[contains(@href, 'recording.py#L')]").get_attribute("href")
     line = int(link.rpartition("#L")[2])
     assert (ROOT / "pftsleep/data/recording.py").read_text().splitlines()[line - 1].startswith("def array_channel(")

@@ -119,8 +119,16 @@ def report(job: Job, log: Path) -> None:
     print(f"{word:4}  {job.name:44}  {job.seconds:6.1f} s  {job.note}", flush=True)
     if not job.failed: return
     text = log.read_text(errors="replace").splitlines()
-    for line in text[-150:]: print(f"      | {line[:300]}")
+    told = failures(job) or text[-150:]
+    for line in told: print(f"      | {line[:300]}")
     print(f"      (all of it: {os.path.relpath(log)})", flush=True)
+
+
+def failures(job: Job) -> list[str]:
+    "Name and end of the traceback of each test that failed; the rest of a log of pytest is warnings and coverage."
+    if job.junit is None or not job.junit.exists(): return []
+    bad = [(case, child) for case in ET.parse(job.junit).iter("testcase") for child in case if child.tag in ("failure", "error")]
+    return [line for case, child in bad[:20] for line in (f"FAILED {case.get('classname')}::{case.get('name')}", *(child.text or "").splitlines()[-25:])]
 
 
 def skipped_tests(jobs: list[Job]) -> list[str]:
@@ -143,6 +151,9 @@ def summary(jobs: list[Job], seconds: float) -> int: # how many failed
         print(f"{step:24} {sum(j.passed for j in own):7} {sum(j.failed for j in own):7} {sum(j.seconds for j in own):8.1f}  {note}")
     print(f"{'(by the clock)':24} {'':7} {'':7} {seconds:8.1f}")
     for line in skipped_tests(jobs): print(line)
+    for job in jobs:
+        for line in failures(job):
+            if line.startswith("FAILED"): print(line[:300])
     passed, failed = sum(j.passed for j in jobs), sum(j.failed for j in jobs)
     print(f"\n{passed} passed, {failed} failed", flush=True)
     return failed
