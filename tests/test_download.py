@@ -465,7 +465,7 @@ def test_silence_ends_by_time_out(nsrr, tmp_path):
     assert not download(nsrr.site(timeout=.3), "a", EDF1, tmp_path).failed and (tmp_path / EDF1).read_bytes() == NIGHT
     nsrr.always[EDF1] = lambda h, name: nsrr.hold.wait(30)
     (tmp_path / EDF1).unlink()
-    assert "connection failed" in error(download(nsrr.site(timeout=.2, tries=2), "a", EDF1, tmp_path), EDF1)[1]
+    assert "connection to 127.0.0.1 failed" in error(download(nsrr.site(timeout=.2, tries=2), "a", EDF1, tmp_path), EDF1)[1]
 
 
 @pytest.mark.parametrize("junk", [b"", b"\x00\xff" * 100, b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
@@ -488,7 +488,23 @@ def test_a_server_that_is_not_there(tmp_path):
     dead = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     port = dead.server_port
     dead.server_close()
-    assert "connection failed" in raised(lambda: download(Site(f"http://127.0.0.1:{port}", Token(SECRET), tries=2, pause=0), "a", ".", tmp_path))
+    said = raised(lambda: download(Site(f"http://127.0.0.1:{port}", Token(SECRET), tries=2, pause=0), "a", ".", tmp_path))
+    assert "the connection to 127.0.0.1 failed" in said and SECRET not in said
+
+
+def test_a_storage_service_that_is_not_there_is_named(nsrr, tmp_path):
+    "Not the server that was asked, but the one that it sent us to."
+    nsrr.always[EDF1] = status(302, Location=f"http://localhost:{nsrr.server.server_port}/bucket/{SECRET}")
+    nsrr.server.RequestHandlerClass = type("Storage", (Handler,), dict(do_GET=lambda h: h.connection.close() if h.path.startswith("/bucket") else Handler.do_GET(h)))
+    kind, message = error(download(nsrr.site(), "a", EDF1, tmp_path), EDF1)
+    assert kind == "DownloadError" and "the connection to localhost failed" in message and SECRET not in message
+
+
+@pytest.mark.parametrize("n", [99, 0, -1])
+def test_too_many_connections_are_refused_before_anything_starts(nsrr, tmp_path, n):
+    assert "1 to 8" in raised(lambda: download(nsrr.site(), "a", ".", tmp_path / "d", connections=n), ConfigError)
+    assert "1 to 8" in raised(lambda: downloading.download("a", ".", str(tmp_path / "d"), dry_run=True, token_file="nowhere", connections=n, site=nsrr.base), ConfigError)
+    assert not nsrr.requests and not (tmp_path / "d").exists()
 
 
 # --- redirections

@@ -32,6 +32,8 @@ def patched(samples=200, **settings):
 
 
 PFTSLEEP = dict(embedding="per_channel", position="learned", max_patches=10, norm="batch", pre_norm=False, final_norm=False, residual_attention=True)
+PAT = dict(embedding="shared", position="sine_tf", d_model=96, n_heads=2, head_width=96, activation="relu", norm_eps=1e-6, pre_norm=False, final_norm=False, instance_norm=False, dropout_at="branches")
+AAR = dict(embedding_bias=False, position="learned", max_patches=10, head_width=8, activation="relu", instance_norm=False, dropout_at="layers")
 CASES = {
     "tiny": patched(), "tiny, one channel": Case(lambda: PatchTransformer(PatchConfig.tiny(rate=10.)), 600),
     "pftsleep": patched(**PFTSLEEP, upstream=True), "pftsleep, corrected": patched(**PFTSLEEP),
@@ -39,7 +41,9 @@ CASES = {
     "learned": patched(position="learned", max_patches=10), "sine": patched(position="sine"), "no positions": patched(position="none"),
     "batch norm": patched(norm="batch"), "after": patched(pre_norm=False), "no final norm": patched(final_norm=False),
     "residual": patched(residual_attention=True, n_layers=3), "raw amplitudes": patched(instance_norm=False), "no layers": patched(n_layers=0),
-    "one head": patched(n_heads=1), "short patches": patched(patch=2, samples=20), "one sample per patch": patched(patch=1, rate=1., samples=10),
+    "PAT": patched(**PAT), "PAT, as published": patched(**PAT, upstream=True, max_patches=10), "PAT-Conv": patched(**PAT | dict(embedding="short_conv")),
+    "animal activity": patched(**AAR, embedding="shared"), "animal activity, conv": patched(**AAR, embedding="deep_conv"),
+    "wide heads": patched(head_width=12), "one head": patched(n_heads=1), "short patches": patched(patch=2, samples=20), "one sample per patch": patched(patch=1, rate=1., samples=10),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

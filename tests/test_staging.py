@@ -13,7 +13,8 @@ from test_weights import head_state, original_state, saved, shaken, tiny
 
 from pftsleep.apps import staging
 from pftsleep.apps.cli import main
-from pftsleep.apps.staging import FORMATS, choose_channels, find_recordings, model_hash, stage_file, stage_files, write_staging
+from pftsleep.apps.staging import FORMATS, choose_channels, find_lights, find_recordings, read_ledger, stage_file, stage_files, write_staging
+from pftsleep.data.annotation_writers import write_annotations
 from pftsleep.data.edf import write_edf
 from pftsleep.data.hypnograms import read_hypnogram
 from pftsleep.data.pftsleep_recipes import PFTSLEEP_CHANNELS
@@ -23,7 +24,7 @@ from pftsleep.errors import ChannelError, SignalError, StoreError
 from pftsleep.evaluation.report import RESEARCH_USE
 from pftsleep.models.head_parts import Head, HeadConfig
 from pftsleep.models.heads import LinearProbe
-from pftsleep.models.stager import Stager, load_stager, save_stager
+from pftsleep.models.stager import Stager, load_stager, save_stager, weights_hash
 from pftsleep.models.transformer import PatchConfig, PatchTransformer
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -87,7 +88,7 @@ def test_folder(folder, stager, capsys):
     assert {p.name for p in out.iterdir()} == {p.name for i in ("a", "b") for p in results(out, i).values()} | {"ledger.csv"} # nothing hidden, nothing of the broken one
     for i, path in (("a", folder / "in/a.edf"), ("b", folder / "in/deep/b.edf")): agree(out, i, stage_file(path, stager)[1])
     ledger = pd.read_csv(out / "ledger.csv", index_col="id")
-    assert ledger["status"].to_dict() == {"a": "done", "broken": "failed", "b": "done"} and (ledger["model"] == model_hash(stager)).all()
+    assert ledger["status"].to_dict() == {"a": "done", "broken": "failed", "b": "done"} and (ledger["model"] == weights_hash(stager)).all()
     assert "broken.edf" in ledger["message"]["broken"] and "->" in ledger["message"]["broken"] and ledger["epochs"].tolist() == [20, 0, 10]
     assert .2 <= ledger["confidence"]["a"] <= 1 and "less than 4 h" in ledger["warnings"]["a"]
 
@@ -147,6 +148,107 @@ def test_out_is_no_folder(folder, capfd):
     assert main(["stage", str(folder / "in"), str(folder / "model"), "--out", str(folder / "in" / "a.edf")]) == 1
     err = capfd.readouterr().err.strip()
     assert err.startswith("pftsleep stage: ") and "a.edf" in err and "\n" not in err
+
+
+# going on
+
+def test_what_is_finished_is_skipped(folder, stager, tmp_path):
+    files, out = find_recordings(folder / "in"), tmp_path / "out"
+    run = stage_files(files, stager, out)
+    first = next(run); run.close() # stopped after the first
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("a-*")}
+    assert [o.status for o in stage_files(files, stager, out)] == ["skipped", "failed", "done"]
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("a-*")} == before and len(before) == len(FORMATS)
+    ledger = read_ledger(out)
+    assert {i: o.status for i, o in ledger.items()} == {"a": "skipped", "broken": "failed", "b": "done"} and replace(ledger["a"], status="done") == first
+    assert [o.status for o in stage_files(files, stager, out)] == ["skipped", "failed", "skipped"] # also twice
+
+
+@pytest.mark.parametrize("change", ["formats", "weights", "lost", "precision", "annotation"])
+def test_what_has_changed_is_staged_again(folder, tmp_path, change):
+    stager, out = untrained("C4-M1", "E1-M2"), tmp_path / "out"
+    files = [Path(shutil.copy(folder / "in/a.edf", tmp_path / "a.edf")), Path(shutil.copy(folder / "in/deep/b.edf", tmp_path / "b.edf"))]
+    run = lambda **kw: [o.status for o in stage_files(files, stager, out, **{"formats": ["csv", "nsrr"]} | kw)]
+    assert run() == ["done", "done"] and run() == ["skipped", "skipped"]
+    if change == "weights":
+        with torch.no_grad(): stager.head.linear.bias[0] += 1
+    if change == "lost": (out / "a-stages.csv").unlink()
+    if change == "annotation": (tmp_path / "a-nsrr.xml").write_text("<PSGAnnotation/>")
+    expected = ["done", "skipped"] if change in ("lost", "annotation") else ["done", "done"]
+    assert run(**{"formats": dict(formats=["csv"]), "precision": dict(precision="bf16")}.get(change, {})) == expected
+    assert {o.model for o in read_ledger(out).values()} == {weights_hash(stager)}
+
+
+@pytest.mark.parametrize("damage", [b"", b"id,status\n1,2\n", b"\xff\x00\"\n", b"x" * 10000, None])
+def test_a_damaged_ledger_costs_time_not_results(folder, stager, tmp_path, damage):
+    list(stage_files([folder / "in/a.edf"], stager, tmp_path, formats=["csv"]))
+    path = tmp_path / "ledger.csv"
+    path.write_bytes(path.read_bytes().replace(b"done", b"done\x00").replace(b",20,", b",twenty,") if damage is None else damage)
+    assert [o.status for o in stage_files([folder / "in/a.edf"], stager, tmp_path, formats=["csv"])] == ["done"]
+    assert list(read_ledger(tmp_path)) == ["a"]
+
+
+def test_rows_of_other_recordings_are_kept(folder, stager, tmp_path):
+    list(stage_files([folder / "in/a.edf"], stager, tmp_path, formats=["csv"]))
+    list(stage_files([folder / "in/deep/b.edf"], stager, tmp_path, formats=["csv"]))
+    assert list(read_ledger(tmp_path)) == ["a", "b"]
+
+
+def test_the_next_night_is_read_while_the_model_works(folder, tmp_path, monkeypatch):
+    "And only the next one."
+    stager, said = untrained("C4-M1", "E1-M2"), []
+    real = staging.prepare_file
+    monkeypatch.setattr(staging, "prepare_file", lambda path, *a: said.append(path.stem) or real(path, *a))
+    files = [Path(shutil.copy(folder / "in/deep/b.edf", tmp_path / f"{k}.edf")) for k in range(4)]
+    run = stage_files(files, stager, tmp_path / "out", formats=["csv"])
+    next(run)
+    assert set(said) <= {"0", "1"}
+    run.close()
+    assert len(said) <= 2 # nothing is begun for a caller who has gone
+
+
+# lights
+
+def lit_night(**kw): return replace(night(600), events=pd.DataFrame([(60., 0., "Lights off", ""), (500., 0., "Lights on", "")], columns=["onset", "duration", "name", "channel"]), **kw)
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_lights(stager, tmp_path, beside):
+    write_edf(lit_night(), tmp_path / "x.edf")
+    scored = Hypnogram(np.full(19, Stage.N2), 30, start=START, lights_off=90., lights_on=450.) # it begins with the recording
+    if beside: write_annotations(scored, None, tmp_path / "x-nsrr.xml", "nsrr")
+    o, = stage_files([tmp_path / "x.edf"], stager, tmp_path / "out")
+    source, off, on = ("x-nsrr.xml", 90., 450.) if beside else ("annotations of the recording", 60., 500.)
+    h = stage_file(tmp_path / "x.edf", stager)[1]
+    assert (h.lights_off, h.lights_on, o.lights) == (off, on, f"off: {source}; on: {source}")
+    page = (tmp_path / "out/x-report.html").read_text()
+    assert f"{(START + pd.Timedelta(seconds=off)):%H:%M:%S} (file)" in page and f"as {source} says" in page and f"{(on - off) / 60:.1f}" in page
+    assert read_hypnogram(tmp_path / "out/x-stages.xml").lights_off == off
+    assert not np.array_equal(h.stages[:19], scored.stages) # the stages are the model's
+    agree(tmp_path / "out", "x", h)
+
+
+def test_no_lights(stager, tmp_path):
+    write_edf(night(600), tmp_path / "x.edf")
+    o, = stage_files([tmp_path / "x.edf"], stager, tmp_path / "out", formats=["html"])
+    assert o.lights == "off: first scored epoch; on: last scored epoch" and "(first scored epoch)" in (tmp_path / "out/x-report.html").read_text()
+
+
+@pytest.mark.parametrize(("off", "on", "expected"), [(500., 60., (None, None)), (-5., 60., (None, 60.)), (60., 1e6, (60., None)), (np.nan, 100., (None, 100.)), (600., 601., (600., None))])
+def test_impossible_lights(off, on, expected, stager):
+    rec = lit_night()
+    rec = replace(rec, events=rec.events.assign(onset=[off, on]), channels={n.split()[-1]: replace(c, name=n.split()[-1]) for n, c in rec.channels.items()})
+    lights = find_lights(SLEEP_EDF if SLEEP_EDF.exists() else __file__, rec)
+    assert lights[:2] == expected
+    h = staging.lit(stager.stage(rec), replace(rec, provenance=dict(lights=lights)))
+    staging.lights_rule(rec, h) # can be told, whatever was said
+
+
+def test_a_broken_file_beside_stops_nothing(stager, tmp_path):
+    write_edf(lit_night(), tmp_path / "x.edf")
+    (tmp_path / "x-nsrr.xml").write_bytes(b"<PSGAnnotation><ScoredEvents>")
+    o, = stage_files([tmp_path / "x.edf"], stager, tmp_path / "out", formats=["html"])
+    assert o.status == "done" and "annotations of the recording" in o.lights and "Repaired or left out" in o.warnings
+    assert "x-nsrr.xml isn&#x27;t asked for the lights" in (tmp_path / "out/x-report.html").read_text()
 
 
 # time
@@ -210,7 +312,7 @@ def test_missing_channels(stager, tmp_path, capsys, folder):
     assert main(line) == 1 and "E1-M2" in capsys.readouterr().out
     assert main([*line, "--allow-missing"]) == 0
     page = (tmp_path / "out" / "x-report.html").read_text()
-    assert "Missing: E1-M2" in page and model_hash(stager) in page and stager.recipe.hash in page and page.index("Warnings") < page.index("<figure")
+    assert "Missing: E1-M2" in page and weights_hash(stager) in page and stager.recipe.hash in page and page.index("Warnings") < page.index("<figure")
 
 
 # published models

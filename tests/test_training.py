@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -27,7 +28,8 @@ from pftsleep.models.transformer import PatchConfig, PatchTransformer, Tokens
 from pftsleep.training.losses import cross_entropy, focal_loss, patch_errors
 from pftsleep.training.pretrain import MaskedPretraining, PretrainConfig, drop_channels, new_encoder, pretrain
 from pftsleep.training.probe import EpochTokens, ProbeTraining, StagingConfig, collate_tokens, new_head, seconds_read, spoil, train_probe, train_supervised
-from pftsleep.training.runs import LoopConfig, Training, fit, history, one_cycle, seeded, weights_hash
+from pftsleep.training import runs
+from pftsleep.training.runs import LoopConfig, Training, fit, history, one_cycle, seeded, stored_bytes, weights_hash
 
 HEADS = get_args(get_type_hints(StagingConfig)["head"])
 FAST = dict(batch_size=2, accelerator="cpu", loggers=())
@@ -290,6 +292,56 @@ def test_sharded_training_is_the_same_training(tmp_path):
     one, shards = Numbers(LoopConfig(**learn)), Numbers(LoopConfig(strategy="fsdp", **learn))
     fit(one, windows(16), [], tmp_path / "one", progress=False); fit(shards, windows(16), [], tmp_path / "shards", progress=False)
     for a, b in zip(one.cpu().parameters(), shards.parameters(), strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- memory ----
+
+def test_frugal_training_gives_the_same_weights(store, split, tmp_path):
+    "To the last bit: dropout, masks and batch statistics are those of the plain step."
+    config = PretrainConfig(epochs=2, d_model=16, n_layers=2, channel_dropout=.2, **FAST)
+    plain, frugal = (pretrain(store, split, tmp_path / str(on), replace(config, frugal=on), progress=False) for on in (False, True))
+    assert weights_hash(plain) == weights_hash(frugal)
+    assert not any(m.frugal for m in plain.blocks) and all(m.frugal for m in frugal.blocks)
+    staged = [train_supervised(store, split, frugal, tmp_path / f"stages {on}", StagingConfig(epochs=1, frugal=on, **FAST), progress=False) for on in (False, True)]
+    assert weights_hash(staged[0]) == weights_hash(staged[1]) and not staged[0].encoder.blocks[0].frugal and staged[1].encoder.blocks[0].frugal
+
+
+def test_a_large_batch_is_frugal_by_itself(encoder, monkeypatch):
+    task, batch = MaskedPretraining(encoder, PretrainConfig(channels=CHANNELS)), dict(x=torch.zeros(2, 2, 3000))
+    monkeypatch.setattr(MaskedPretraining, "draws", lambda *_: torch.Generator())
+    need = stored_bytes(encoder.config, 2, 3000)
+    for much, frugal in ((need, False), (need - 1, True)):
+        monkeypatch.setattr(runs, "_MUCH", much)
+        task.on_train_batch_start(batch, 0)
+        assert encoder.blocks[0].frugal == frugal
+    gib = lambda c, hours: stored_bytes(c, 1, round(hours * 3600 * c.rate)) / 2**30
+    assert gib(PatchConfig.pftsleep(), 8) > 2 < gib(PatchConfig.base(("EEG", "EOG", "EMG")), 8) and gib(PatchConfig.tiny(PatchConfig.pftsleep().channels), 8) < 2
+
+
+# ---- the curve ----
+
+def test_a_stop_at_any_moment_tears_no_line_and_loses_none(tmp_path, monkeypatch):
+    "Lightning's CSV file lost its head to a Ctrl-C, and the line of an epoch to a kill behind the epoch's checkpoint."
+    learn = LoopConfig(epochs=4, learning_rate=.05, **FAST)
+    whole = fit(Numbers(learn), windows(4), windows(2), tmp_path / "whole", progress=False)
+    assert len(whole) == 4 and whole.notna().all(axis=None)
+    write, save = runs.write_whole, runs.ModelCheckpoint._save_checkpoint
+    for where in ("before the line", "after the line", "before the checkpoint", "after the checkpoint"):
+        for epoch in range(3):
+            out, calls = tmp_path / f"{where} {epoch}", {"line": 0, "checkpoint": 0}
+            def interrupt(what, moment):
+                if where == f"{moment} the {what}" and calls[what] == epoch + 1: raise RuntimeError("killed") # noqa: B023
+            def line(*args):
+                calls["line"] += 1; interrupt("line", "before"); write(*args); interrupt("line", "after") # noqa: B023
+            def checkpoint(self, trainer, path):
+                if not path.endswith("last.ckpt"): calls["checkpoint"] += 1; interrupt("checkpoint", "before") # noqa: B023
+                save(self, trainer, path)
+                if path.endswith("last.ckpt"): interrupt("checkpoint", "after")
+            with monkeypatch.context() as m, pytest.raises(RuntimeError, match="killed"):
+                m.setattr(runs, "write_whole", line); m.setattr(runs.ModelCheckpoint, "_save_checkpoint", checkpoint)
+                fit(Numbers(learn), windows(4), windows(2), out, progress=False)
+            for file in out.glob("logs/*/*"): assert file.name == "metrics.csv" and {"epoch", "step", "train_loss", "val_loss"} <= {*pd.read_csv(file)}
+            pd.testing.assert_frame_equal(fit(Numbers(learn), windows(4), windows(2), out, progress=False), whole)
 
 
 def test_two_processes_train_one_encoder(store, split, tmp_path):

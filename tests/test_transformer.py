@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -338,3 +339,100 @@ def test_the_whole_step_can_be_captured():
     encoder = PatchTransformer(PatchConfig.tiny(channels=("a", "b"), rate=10.)).eval()
     x, pad = rand(2, 2, 310, dtype=torch.float32), torch.arange(310).expand(2, -1) >= torch.tensor([[310], [150]])
     with torch.no_grad(): assert torch.allclose(torch.compile(encoder, backend="eager", fullgraph=True)(x, pad), encoder(x, pad), atol=1e-6)
+
+
+# ---- the animal-activity model is a configuration, too ----
+
+AAR = FIXTURES.parent / "aar"
+
+
+@pytest.mark.skipif(not AAR.exists(), reason="../shared/fixtures is not here")
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+def test_animal_activity_equals_the_original(conv):
+    z, s = np.load(AAR / f"aar_{'conv' if conv else 'linear'}_multi.npz"), torch.load(AAR / f"aar_{'conv' if conv else 'linear'}_multi.pt", weights_only=True)
+    config = PatchConfig.aar(conv, n_layers=2)
+    m, decoder = PatchTransformer(config).eval(), Reconstruction(config).eval()
+    ours = {"positions": s["transformer.positional_encoding.positional_encoding"][0]}
+    renamed = [("transformer.transformer.norm.", "norm."), ("transformer.embedding.conv_layers.", "embedding.layers."), ("transformer.embedding.layer.", "embedding."), ("transformer.transformer.layers.", "blocks."),
+        ("self_attn.in_proj_", "attention.qkv."), ("self_attn.out_proj", "attention.out"), ("linear1", "feed_forward.0"), ("linear2", "feed_forward.3")]
+    for k, v in s.items():
+        if "positional" in k or "head" in k: continue
+        for a, b in renamed: k = k.replace(a, b)
+        ours[k] = v
+    m.load_state_dict(ours)
+    decoder.load_state_dict({"decoder.weight": s["self_supervised_head.weight_matrix.weight"]})
+    with torch.no_grad():
+        patches, _ = m.patches(torch.from_numpy(z["X"]))
+        values = m.run(m.embed(torch.from_numpy(z["masked"])))
+        close(patches, z["patched"], 1e-6)
+        close(m.run(m.embed(patches)), z["z_unmasked_input"], 5e-6)
+        close(values, z["z"], 5e-6)
+        close(decoder(values), z["recon"], 5e-6)
+
+
+@pytest.mark.parametrize(("settings", "count"), [(dict(), 801_664), (dict(conv=True), 840_128), (dict(d_model=256, n_layers=6, n_heads=4, d_ff=1024), 4_755_712), (dict(conv=True, d_model=256, n_layers=6, n_heads=4, d_ff=1024), 4_914_560)])
+def test_animal_activity_sizes(settings, count):
+    with torch.device("meta"): assert sum(p.numel() for p in PatchTransformer(PatchConfig.aar(**settings)).parameters()) == count
+
+
+# ---- new settings ----
+
+def test_settings_of_earlier_files_still_mean_the_same(tmp_path):
+    "A folder that was written before heads had a width of their own, and so on."
+    torch.manual_seed(0)
+    encoder = PatchTransformer(PatchConfig.pftsleep(channels=("a",), patch=20, d_model=16, n_layers=1, n_heads=2, d_ff=8, max_patches=10)).eval()
+    folder = encoder.save_pretrained(tmp_path)
+    about = json.loads((folder / "config.json").read_text())
+    for name in ("head_width", "activation", "embedding_bias", "norm_eps", "dropout_at"): del about["config"][name]
+    del about["source"], about["weights"]
+    (folder / "config.json").write_text(json.dumps(about))
+    again, x = PatchTransformer.from_pretrained(folder), rand(1, 1, 200, dtype=torch.float32)
+    assert again.config == encoder.config and again.source is None and torch.equal(again(x), encoder(x))
+    assert "blocks.0.attention.scale" in dict(again.named_parameters()) # stored, as in the original's files
+    assert again.blocks[0].attention.drop.p == .1 # twice on that branch, as the original
+
+
+@pytest.mark.parametrize(("settings", "text"), [(dict(head_width=3), "make it even"), (dict(head_width=0), "make it even"), (dict(position="sine_tf"), "width of 96"), (dict(embedding="deep_conv", patch=12), "at least 13"),
+    (dict(activation="tanh"), "gelu, relu"), (dict(dropout_at="nowhere"), "everywhere, layers, branches")])
+def test_settings_that_cannot_be(settings, text):
+    with pytest.raises(ConfigError, match=text): PatchConfig.tiny(**settings)
+
+
+def test_one_channel_needs_no_axis():
+    m = PatchTransformer(PatchConfig.tiny(rate=10., d_model=16, n_heads=2)).eval()
+    x, pad = rand(2, 600, dtype=torch.float32), torch.arange(600).expand(2, -1) > 400
+    with torch.no_grad():
+        assert torch.equal(m(x, pad), m(x[:, None], pad)[:, 0])
+        values, maps = m(x, return_attention=True)
+        assert values.shape == (2, 10, 16) and [a.shape for a in maps] == [(2, 2, 10, 10)] * 2
+        with pytest.raises(ModelError, match="signals have shape"): PatchTransformer(PatchConfig.tiny(channels=("a", "b")))(x)
+
+
+# ---- a machine that is switched off while a model is saved ----
+
+class PowerCut(BaseException): pass
+
+
+def test_a_power_cut_leaves_the_old_or_the_new_model(tmp_path, monkeypatch):
+    "Before any of the steps that change the folder; and the next save works, whatever was left behind."
+    make = lambda seed: (torch.manual_seed(seed), PatchTransformer(PatchConfig.tiny(rate=10., d_model=16 * seed, n_heads=2)))[1].eval()
+    old, new, newer, write = make(1), make(2), make(3), transformer.write_whole
+    for steps in range(5):
+        folder, left = tmp_path / str(steps), [steps]
+        old.save_pretrained(folder)
+        def unsteady(path, data, left=left):
+            if not left[0]: raise PowerCut
+            left[0] -= 1
+            write(path, data)
+        monkeypatch.setattr(transformer, "write_whole", unsteady)
+        try: new.save_pretrained(folder)
+        except PowerCut: assert steps < 4
+        found = PatchTransformer.from_pretrained(folder)
+        assert found.config == (old if steps < 2 else new).config
+        for second_cut in range(5): # once more, on what the first one left
+            left[0] = second_cut
+            with suppress(PowerCut): newer.save_pretrained(folder)
+            assert PatchTransformer.from_pretrained(folder).config in (found.config, newer.config)
+        monkeypatch.setattr(transformer, "write_whole", write)
+        newer.save_pretrained(folder)
+        assert PatchTransformer.from_pretrained(folder).config == newer.config and sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -453,7 +453,7 @@ def test_bombs(tmp_path):
 
 WRONG = {"empty": (b"", "empty"), "page": (b"<!DOCTYPE html><title>Sign in</title>", "web page"), "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git-lfs pointer|pointer of git-lfs"),
     "legacy": (pickle.dumps({"state_dict": {}}, 2), "without an archive"), "text": (b"just some notes", "no known format"), "zip of nothing": (b"PK\x03\x04" + bytes(300), "damaged"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(300), "unknown model")}
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(300), "damaged, or no file of weights")}
 
 
 @pytest.mark.parametrize(("data", "text"), WRONG.values(), ids=WRONG)

@@ -1,6 +1,7 @@
 """Runs every script of benchmarks/ and collects what they print, one JSON object a line, in benchmarks/results/, with the hardware named.
 
-    python tools/bench.py [NAME ...]     # all, or the named ones without .py
+    python tools/bench.py [NAME ...]     # all, or the named ones without .py; 'night-cost' and 'night-train' are runs of night.py with other arguments
+    python tools/bench.py night-cost -- --threads 1 --repeats 1    # what follows -- goes to the script
 """
 import argparse
 import datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 from processed import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
+MORE = {"night-train": ("night", "--train", "--precision", "float32"), "night-cost": ("night", "--lengths", "2", "4", "8", "12")} # name of the results -> script and arguments
 
 
 def hardware() -> dict[str, object]:
@@ -23,36 +25,40 @@ def hardware() -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    fast = [f for f in ("avx512_bf16", "amx_bf16") if cpuinfo.exists() and re.search(rf"\b{f}\b", cpuinfo.read_text())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model[1] if model else platform.processor(), "cores": cores, "memory_gib": round(memory, 1),
+    return {"cpu": model[1] if model else platform.processor(), "cores": cores, "bf16": " ".join(fast) or None, "memory_gib": round(memory, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "os": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
         "torch": torch.__version__, "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
-def measure(script: Path, about: dict[str, object]) -> bool:
-    "Runs one script; its JSON lines go to a file named after it."
-    print(f"{script.name} ...", flush=True)
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.lstrip().startswith("{")]
-    if done.returncode or not lines:
-        print(f"  failed (exit status {done.returncode}, {len(lines)} figures)\n{done.stdout[-2000:]}")
+def measure(name: str, script: Path, arguments: list[str], about: dict[str, object]) -> bool:
+    "Runs one script; its JSON lines go to a file of the name, with the machine and how busy it was. Lines of a run that failed are shown and not kept."
+    print(f"{name} ...", flush=True)
+    lines = []
+    with subprocess.Popen([sys.executable, str(script), *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout or ():
+            print(f"  {line.rstrip()}", flush=True)
+            if line.lstrip().startswith("{"): lines.append({**json.loads(line), "load": round(os.getloadavg()[0], 1), "hardware": about, "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    if running.returncode or not lines:
+        print(f"  failed (exit status {running.returncode}, {len(lines)} figures)")
         return False
-    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    target = BENCHMARKS / "results" / f"{script.stem}.jsonl"
+    target = BENCHMARKS / "results" / f"{name}.jsonl"
     target.parent.mkdir(exist_ok=True)
-    target.write_text("".join(json.dumps({**json.loads(line), "hardware": about, "measured": when}) + "\n" for line in lines))
-    print("\n".join(f"  {line}" for line in lines))
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
-    args = parser.parse_args()
-    there = {p.stem: p for p in sorted(BENCHMARKS.glob("[!_]*.py"))}
-    if unknown := set(args.names) - set(there): sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(there) or 'none'}")
+    given = sys.argv[1:]
+    ours, theirs = (given[:given.index("--")], given[given.index("--") + 1:]) if "--" in given else (given, [])
+    names = parser.parse_args(ours).names
+    there = {p.stem: (p.stem,) for p in sorted(BENCHMARKS.glob("[!_]*.py"))} | MORE
+    if unknown := set(names) - set(there): sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(there) or 'none'}")
     about = hardware()
-    results = [measure(there[name], about) for name in args.names or there]
+    results = [measure(name, BENCHMARKS / f"{there[name][0]}.py", [*there[name][1:], *theirs], about) for name in names or there]
     print(f"{sum(results)} of {len(results)} benchmarks ran; results in {(BENCHMARKS / 'results').relative_to(ROOT)}")
     sys.exit(not all(results))
 

@@ -51,7 +51,7 @@ def _code(ledger: Ledger) -> int: return 1 if ledger.failed else 0
 def stage(
     source: str, # a recording, or a folder that is searched for them
     model: str, # folder of a stager, as `pftsleep probe` writes it, or the file of a published classifier
-    out: str = "staged", # folder for the results and the ledger; results of an earlier run are replaced
+    out: str = "staged", # folder for the results and the ledger; what is finished there is skipped, what has changed is staged again
     cohort: str = "folder", # how their channels are called: shhs, mesa, ...; see `pftsleep cohorts`
     channels: list[str] | None = None, # labels of channels that aren't found otherwise, as wanted=label, e.g. "EEG central=EEG2,EOG left=LOC"
     allow_missing: bool = False, # stage although channels of the model are missing

@@ -6,7 +6,7 @@
 __all__ = ['download']
 
 # %% ../../nbs/apps/07_downloading.ipynb #f4a31f87
-from ..data.download import Site, fetch, find_token, plan_download
+from ..data.download import Site, check_connections, fetch, find_token, plan_download
 
 # %% ../../nbs/apps/07_downloading.ipynb #bc91bafe
 def download(
@@ -23,6 +23,7 @@ def download(
     site: str = "https://sleepdata.org", # address of the server
 ) -> int: # exit code
     "Fetch files of a study from the NSRR, checked and resumable."
+    check_connections(connections)
     server = Site(site, find_token(token_file))
     plan = plan_download(server, dataset, path, target or dataset, include, exclude, archived, verify)
     print(plan)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'FAILED', 'MANIFEST_COLUMNS', 'STATES', 'FAILED_COLUMNS', 'NotAuthorised', 'Token', 'find_token', 'Site',
            'safe_path', 'RemoteFile', 'list_files', 'Release', 'find_release', 'check_token', 'select_files',
-           'read_manifest', 'local_state', 'Plan', 'plan_download', 'Transfer', 'checksums', 'Transfers', 'fetch',
-           'download']
+           'read_manifest', 'local_state', 'Plan', 'plan_download', 'Transfer', 'checksums', 'Transfers',
+           'check_connections', 'fetch', 'download']
 
 # %% ../../nbs/data/20_download.ipynb #db513e0d
 import csv
@@ -87,15 +87,22 @@ _SIGN_IN = "the server shows a page for people (to sign in, perhaps) in its plac
 _ACCESS = "is the token valid (https://sleepdata.org/token), and is your access to this data set approved and not expired?"
 
 class _Redirects(HTTPRedirectHandler):
+    host = "" # of the last redirection: a connection that fails is that one's
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.netloc == old.netloc and posixpath.basename(new.path) != posixpath.basename(old.path): raise NotAuthorised(_SIGN_IN, remedy=_ACCESS)
         if new.scheme != "https" and not (new.scheme == old.scheme and new.hostname in _LOCAL): raise DownloadError("the server redirects to an address without encryption", remedy="not followed; try again later")
+        self.host = _host(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
-def _opener(site: Site) -> OpenerDirector:
+def _host(address: str) -> str:
+    "The name of the server alone; the rest of an address may hold the token."
+    name = urlsplit(address).hostname or ""
+    return name if re.fullmatch(r"[A-Za-z0-9.:_-]{1,253}", name) else "a server without a proper name"
+
+def _opener(site: Site, redirects: _Redirects) -> OpenerDirector:
     local = urlsplit(site.base).hostname in _LOCAL # plain http must not leave this machine, not even to a proxy
-    return build_opener(_Redirects, *([ProxyHandler({})] if local else []))
+    return build_opener(redirects, *([ProxyHandler({})] if local else []))
 
 # %% ../../nbs/data/20_download.ipynb #7d0d4788
 class _Again(Exception):
@@ -119,31 +126,32 @@ def _refusal(code: int, headers) -> Exception:
     return DownloadError(f"the server answers {code}", remedy="try again later")
 
 # %% ../../nbs/data/20_download.ipynb #ca1e06c8
-def _lost(e: Exception) -> Exception:
+def _lost(e: Exception, host: str) -> Exception:
     "What a failure of the connection means; a certificate doesn't get better by waiting."
     reason = getattr(e, "reason", e)
-    if isinstance(reason, SSLCertVerificationError): return DownloadError("the server's certificate can't be verified", remedy="a proxy in between? Its certificate must be known to Python (SSL_CERT_FILE)")
-    return _Again(f"the connection failed ({getattr(reason, 'strerror', None) or type(reason).__name__})")
+    if isinstance(reason, SSLCertVerificationError): return DownloadError(f"the certificate of {host} can't be verified", remedy="a proxy in between? Its certificate must be known to Python (SSL_CERT_FILE)")
+    return _Again(f"the connection to {host} failed ({getattr(reason, 'strerror', None) or type(reason).__name__})")
 
-# %% ../../nbs/data/20_download.ipynb #c4249695
+# %% ../../nbs/data/20_download.ipynb #3bb79c2b
 def _open(site: Site, address: str, headers: dict[str, str] | None = None) -> HTTPResponse:
     "The answer to a request. Raises `NotAuthorised` or `DownloadError` for a no, and `_Again`."
     if site.stop.is_set(): raise _Stopped
     request = Request(site.base + address, headers={"User-Agent": f"pftsleep/{__version__}", "Accept-Encoding": "identity", **(headers or {})})
-    try: return _opener(site).open(request, timeout=site.timeout)
+    redirects = _Redirects()
+    try: return _opener(site, redirects).open(request, timeout=site.timeout)
     except HTTPError as e:
         e.close()
         problem = _refusal(e.code, e.headers)
-    except (URLError, HTTPException, OSError) as e: problem = _lost(e)
+    except (URLError, HTTPException, OSError) as e: problem = _lost(e, redirects.host or _host(site.base))
     except ValueError: problem = DownloadError("the server redirects to something that is no address", remedy="try again later")
     raise problem
 
-# %% ../../nbs/data/20_download.ipynb #3bb79c2b
+# %% ../../nbs/data/20_download.ipynb #727f4e91
 def _chunks(response: HTTPResponse, size: int = 1 << 18) -> Iterator[bytes]:
     "The rest of an answer as it comes, at most `size` bytes at once."
     while True:
         try: chunk = response.read1(size)
-        except (HTTPException, OSError, ValueError) as e: problem = _lost(e); break
+        except (HTTPException, OSError, ValueError) as e: problem = _lost(e, _host(response.url)); break
         if not chunk: return
         yield chunk
     raise problem
@@ -152,7 +160,7 @@ def _chunks(response: HTTPResponse, size: int = 1 << 18) -> Iterator[bytes]:
 def _head(response: HTTPResponse) -> bytes:
     "The first 512 bytes, where `_chunks` might bring a single one."
     try: return response.read(512)
-    except (HTTPException, OSError, ValueError) as e: problem = _lost(e)
+    except (HTTPException, OSError, ValueError) as e: problem = _lost(e, _host(response.url))
     raise problem
 
 # %% ../../nbs/data/20_download.ipynb #08c69704
@@ -600,13 +608,20 @@ def _manifest_row(plan: Plan, file: RemoteFile, o: Transfer) -> dict | None:
     return dict(path=file.path, bytes=file.size, **sums, dataset=r.dataset, version=r.version, updated=r.updated, fetched=datetime.now(UTC).isoformat(timespec="seconds"))
 
 # %% ../../nbs/data/20_download.ipynb #fcffe001
+def check_connections(
+    n: int, # files at a time
+) -> None:
+    "Raises `ConfigError` for more than the server should be asked for at once."
+    if not 1 <= n <= 8: raise ConfigError(f"{n} connections", remedy="1 to 8")
+
+# %% ../../nbs/data/20_download.ipynb #328cb8a7
 def fetch(
     site: Site,
     plan: Plan,
     connections: int = 2, # files at a time, 1 to 8
 ) -> Transfers:
     "Bring everything that a plan names. Raises `DownloadError` only if nothing can be done at all; single failures stand in the report and in failed.csv."
-    if not 1 <= connections <= 8: raise ConfigError(f"{connections} connections", remedy="1 to 8")
+    check_connections(connections)
     _check_room(plan)
     outcomes: list[Transfer] = [Transfer(str(e.path), "failed", type(e).__name__, str(e)) for e in plan.refused]
     by_path, reason, lock, site = {f.path: f for f in plan.files}, "", threading.Lock(), replace(site, stop=threading.Event())
@@ -650,5 +665,6 @@ def download(
     connections: int = 2, # files at a time
     **selection, # include, exclude, archived, verify: see `plan_download`
 ) -> Transfers:
-    "Plan and fetch."
+    "Plan and fetch. Raises `ConfigError` for a wrong number of connections before anything is asked."
+    check_connections(connections)
     return fetch(site, plan_download(site, slug, path, target, **selection), connections)

@@ -25,6 +25,7 @@ from .edf import edf_name
 from .montage import ROLES, preference, role_of
 from .pftsleep_recipes import PFTSLEEP_BANDS, PFTSLEEP_CHANNELS, resample_fourier, resample_sinc
 from .recording import Channel, Kind, ReadIssue, Recording, array_channel, named_channels
+from .sleepfm_recipes import CLINICAL_RATE, SLEEPFM_CHANNELS, SLEEPFM_RATE, SLEEPFM_STEPS, SLEEPFM_UNITS, resample_linear, standardised
 from ..errors import ChannelError, ConfigError, PFTSleepError, SignalError
 
 # %% ../../nbs/data/05_signals.ipynb #94a5dd14
@@ -84,6 +85,11 @@ def _clean_order(value) -> int:
     if int(value) != value or not 1 <= value <= 12: raise ValueError("the order must be a whole number from 1 to 12")
     return int(value)
 
+def _clean_steps(value) -> tuple[float, float]:
+    scale, zero = (float(v) + 0. for v in value)
+    if not (math.isfinite(scale) and math.isfinite(zero) and scale): raise ValueError("it takes the steps per unit, which aren't none, and the step of 0")
+    return scale, zero
+
 def _one_of(*words: str):
     "Cleans a word out of a few."
     def clean(value) -> str:
@@ -113,8 +119,10 @@ class _Settings:
     bands: Mapping[str, Band] = field(default_factory=dict) # kind -> pass band in Hz; edges are the -6 dB points of what is applied
     order: int = 4 # of the Butterworth filter, before it is run twice
     phase: str = "zero" # 'zero': the filter runs forwards and backwards; 'causal': forwards only and from rest, so that edges are -3 dB points and the signal lags
-    resampler: str = "soxr" # 'soxr'; 'sinc' and 'fourier' are PFTSleep's in training and inference, and bring its order of steps with them
+    resampler: str = "soxr" # 'soxr'; 'sinc' and 'fourier' are PFTSleep's in training and inference, and bring its order of steps with them; 'linear' is SleepFM-clinical's, with its own low-pass
     partial: bool = False # True: a channel that was asked for and isn't there, or can't be used, is left out and noted
+    standardise: bool = False # True: each channel ends with mean 0 and standard deviation 1 over the recording, and without a unit
+    steps: Mapping[str, tuple[float, float]] = field(default_factory=dict) # kind -> (steps per unit, step of 0): values end as what a converter would have written
 
     def __post_init__(self):
         for name, clean in _CLEAN.items():
@@ -174,10 +182,31 @@ class Recipe(_Settings):
         "PFTSleep's channels and rate with the filters of `default`, for models that we train."
         return replace(cls.default(channels or PFTSLEEP_CHANNELS, 125.), name="pftsleep_corrected")
 
+    @classmethod
+    def sleepfm_2024(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "What SleepFM's published encoders of 2024 read: steps of a converter, unfiltered; None = their nine channels."
+        return cls("sleepfm_2024", channels or SLEEPFM_CHANNELS, SLEEPFM_RATE, units=SLEEPFM_UNITS, steps=SLEEPFM_STEPS)
+
+    @classmethod
+    def sleepfm_2024_corrected(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "The same channels and rate, each standardised, for models that we train."
+        return cls("sleepfm_2024_corrected", channels or SLEEPFM_CHANNELS, SLEEPFM_RATE, standardise=True)
+
+    @classmethod
+    def sleepfm_clinical(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "What SleepFM-clinical's published weights were trained on; None = every physiological channel."
+        return cls("sleepfm_clinical", channels, CLINICAL_RATE, resampler="linear", standardise=True)
+
+    @classmethod
+    def sleepfm_clinical_corrected(cls, channels: Sequence[str] | None = None) -> "Recipe":
+        "The same, resampled without folding, for models that we train."
+        return cls("sleepfm_clinical_corrected", channels, CLINICAL_RATE, standardise=True)
+
 # %% ../../nbs/data/05_signals.ipynb #fbc70f5e
 _CLEAN = dict(name=_clean_name, channels=_clean_channels, rate=lambda r: None if r is None else _positive(r), units=_by_kind(str), median=_by_kind(_clean_size),
     clip=_by_kind(_clean_range), valid=_by_kind(_clean_range), bands=_by_kind(_clean_band), order=_clean_order,
-    phase=_one_of("zero", "causal"), resampler=_one_of("soxr", "sinc", "fourier"), partial=_yes_or_no)
+    phase=_one_of("zero", "causal"), resampler=_one_of("soxr", "sinc", "fourier", "linear"), partial=_yes_or_no,
+    standardise=_yes_or_no, steps=_by_kind(_clean_steps))
 _DEFAULTS = Recipe("any").to_dict()
 
 # %% ../../nbs/data/05_signals.ipynb #8c087c64
@@ -402,7 +431,7 @@ def _clean_stretch(x: np.ndarray, ch: Channel, recipe: Recipe) -> tuple[np.ndarr
 def _to_rate(x: np.ndarray, ch: Channel, recipe: Recipe, first: int, out: tuple[int, int]) -> np.ndarray:
     rate = recipe.rate or ch.fs
     if _same(ch.fs, rate) or ch.kind in HELD or (ch.kind in LINEAR and recipe.resampler == "soxr"): return resample_steps(x, ch.fs, rate, first, out, hold=ch.kind not in LINEAR)
-    return {"soxr": resample, "sinc": resample_sinc, "fourier": resample_fourier}[recipe.resampler](x, ch.fs, rate, first, out)
+    return {"soxr": resample, "sinc": resample_sinc, "fourier": resample_fourier, "linear": resample_linear}[recipe.resampler](x, ch.fs, rate, first, out)
 
 def _filter_and_resample(x: np.ndarray, ch: Channel, recipe: Recipe, band: Band | None, first: int, out: tuple[int, int]) -> np.ndarray:
     "One clean stretch, filtered at `_filter_rate`; `x` is used up."
@@ -446,6 +475,15 @@ def _in_double(ch: Channel) -> np.ndarray: # [T] float64
     return x
 
 # %% ../../nbs/data/05_signals.ipynb #a1e78f3c
+def _finished(y: np.ndarray, ch: Channel, recipe: Recipe, unit: str) -> tuple[np.ndarray, str, float]: # samples, their unit, and by what they were multiplied
+    "Last of all a channel is standardised, or given as a converter's steps."
+    if recipe.standardise:
+        sd = float(np.nanstd(y, dtype="float64"))
+        return standardised(y).astype("float32"), "", 1 / sd if sd > 0 else 1.
+    scale, zero = recipe.steps.get(ch.kind, (1., 0.))
+    return (y, unit, 1.) if ch.kind not in recipe.steps else ((y * scale + zero).astype("float32"), "", abs(scale))
+
+# %% ../../nbs/data/05_signals.ipynb #ed159751
 def process_channel(
     ch: Channel, # as the source has it
     recipe: Recipe, # what to do
@@ -470,7 +508,8 @@ def process_channel(
             interpolated += replaced
     if np.isnan(y).all(): raise SignalError("no part of it is long enough and holds a valid value", remedy="leave the channel out")
     notes = _notes(ch, recipe, band, unit, interpolated, lost, max(0., n / rate - ch.duration) if np.isnan(y[-1]) and not np.isnan(x[-1]) else 0.)
-    kept = dict(reference=ch.reference, source_label=ch.source_label, resolution=ch.resolution and ch.resolution * factor)
+    y, unit, scale = _finished(y, ch, recipe, unit)
+    kept = dict(reference=ch.reference, source_label=ch.source_label, resolution=ch.resolution and ch.resolution * factor * scale)
     return array_channel(ch.name, y, rate, unit, ch.kind, **kept), notes
 
 # %% ../../nbs/data/05_signals.ipynb #d567542e

@@ -187,7 +187,7 @@ def _chunk(
     epoch_length: float, # s
     n: int, # samples of the channel
 ) -> int: # samples of a chunk
-    epochs = max(1, round(CHUNK_SECONDS / epoch_length))
+    epochs = max(1, round(max(CHUNK_SECONDS, 2**14 / fs) / epoch_length)) # of slow channels more: a week of minutes is one chunk, not 168
     return max(1, min(round(epochs * epoch_length * fs), n))
 
 # %% ../../nbs/data/06_store.ipynb #e76ea92b

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'KNOWN_SHA256', 'Name', 'Call', 'Storage', 'read_pickle', 'WeightFile', 'read_tensors', 'read_lightning',
-           'beside', 'PublishedPretraining', 'PublishedStager', 'Format', 'load_published']
+           'read_hdf5', 'beside', 'PublishedPretraining', 'PublishedStager', 'Format', 'load_published']
 
 # %% ../../nbs/models/04_weights.ipynb #0b487a14
 import hashlib
+import io
 import json
 import math
 import pickletools
@@ -22,13 +23,16 @@ from pathlib import Path
 from struct import error as StructError
 from typing import Any
 
+import h5py
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.signals import Recipe
 from ..errors import ConfigError, ModelError
 from .head_parts import Head, from_published_keys, published_config
-from .transformer import PatchConfig, PatchTransformer, Reconstruction, Tokens
+from .pat import from_keras, is_pat
+from .transformer import PatchConfig, PatchTransformer, Pretrained, Reconstruction, Tokens
 
 # %% ../../nbs/models/04_weights.ipynb #1a8eff57
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def read_pickle(
 _MAGIC = {b"PK\x03\x04": "torch", b"\x89HDF\r\n\x1a\n": "hdf5"}
 _OTHER = [(b"version https://git-lfs", "is a pointer of git-lfs, not the file itself", "fetch it with `git lfs pull`"), (b"<", "is a web page", "you were probably not signed in when you fetched it"),
     (b"\x80", "is a pickle without an archive, as torch wrote them before 2020", "ask for a newer file"), (b"", "is empty, or of no known format", "fetch it again")]
+_HDF5 = 64 << 20 # bytes; the largest that PAT's authors write has some 10 MB
 _PICKLE = 4 << 20 # bytes; that of a full PFTSleep classifier with its optimiser is 0.1 MiB
 
 class WeightFile:
@@ -170,12 +175,21 @@ class WeightFile:
             raise ModelError(problem, path=path, remedy=remedy)
 
     @cached_property
+    def data(self) -> bytes: # of an HDF5 file, read once: what is hashed is what is parsed
+        if self.size > _HDF5: raise ModelError("is larger than any published HDF5 file", path=self.path, remedy="it is not a file of weights")
+        try:
+            with self.path.open("rb") as f: return f.read(_HDF5)
+        except OSError as e: raise ModelError(f"can't be read: {e.strerror}", path=self.path, remedy="did it move?") from e
+
+    @cached_property
     def sha256(self) -> str: # 64 hexadecimal digits
+        if self.kind == "hdf5": return hashlib.sha256(self.data).hexdigest()
         with self.path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
     @cached_property
-    def tree(self) -> Any: # see `read_pickle`; None if the file has none
-        if self.kind != "torch": return None
+    def tree(self) -> Any: # see `read_pickle`; for HDF5, the shapes of the tensors by their paths
+        if self.kind == "hdf5":
+            with _hdf5(self) as found: return {name: dataset.shape for name, dataset in found.items()}
         with _opened(self) as (archive, folder):
             if archive.getinfo(f"{folder}/data.pkl").file_size > _PICKLE: raise ModelError("describes itself at unbelievable length", remedy="it is not a file of weights")
             return read_pickle(archive.read(f"{folder}/data.pkl"))
@@ -252,6 +266,61 @@ def _lightning(file: WeightFile) -> tuple[dict, dict]: # of names
     tree = file.tree if type(file.tree) is dict else {}
     state, hyper = ({k: v for k, v in part.items() if type(k) is str} if type(part := tree.get(what)) is dict else {} for what in ("state_dict", "hyper_parameters"))
     return state, hyper
+
+# %% ../../nbs/models/04_weights.ipynb #7aa3dc21
+_FLOATS, _WRAPPERS = {"f2", "f4", "f8"}, {"layers", "vars", "_layer_checkpoint_dependencies"}
+
+def _parts(group: h5py.Group, path: tuple[str, ...] = (), room: list | None = None) -> Iterator[tuple[str, h5py.Dataset]]:
+    "Paths and arrays, of a tree that is no deeper and no richer than a model is."
+    room = [5000] if room is None else room
+    for key in group:
+        room[0] -= 1
+        if room[0] < 0 or len(path) > 12: raise ValueError("has more parts than any model")
+        if not isinstance(group.get(key, getlink=True), h5py.HardLink): raise ValueError(f"has a link at '{key[:40]}', which no weights need")
+        part = group[key]
+        if isinstance(part, h5py.Group): yield from _parts(part, (*path, *_called(part, key)), room)
+        elif not isinstance(part, h5py.Dataset): raise ValueError(f"has something at '{key[:40]}' that is no array")
+        elif "seed_generator" not in path: yield "/".join([*path, key.removesuffix(":0")]), part # the state of dropout is no weight
+
+def _called(group: h5py.Group, key: str) -> tuple[str, ...]:
+    known = group["vars"].attrs.get("name") if key not in _WRAPPERS and "vars" in group else None
+    return () if key in _WRAPPERS else (known if isinstance(known, str) and known else key,)
+
+def _array(dataset: h5py.Dataset) -> Tensor: # float32
+    if dataset.dtype.str[1:] not in _FLOATS: raise ValueError("holds something other than numbers with a point")
+    values = np.asarray(dataset[()], np.float32)
+    if not np.isfinite(values).all(): raise ValueError("holds NaN or infinite numbers")
+    return torch.from_numpy(values)
+
+# %% ../../nbs/models/04_weights.ipynb #47677328
+@contextmanager
+def _hdf5(file: WeightFile) -> Iterator[dict[str, h5py.Dataset]]: # by path
+    "The arrays of a file. Whatever goes wrong with it becomes a `ModelError` that names the file."
+    try:
+        with h5py.File(io.BytesIO(file.data), "r") as f:
+            full = "model_weights" in f and isinstance(f["model_weights"], h5py.Group) # with its architecture as text, and perhaps the optimiser's state
+            if full and (more := set(f) - {"model_weights", "optimizer_weights"}): raise ValueError(f"has '{min(more)[:40]}' beside its weights")
+            found: dict[str, h5py.Dataset] = {}
+            for name, dataset in _parts(f["model_weights"] if full else f):
+                if name in found: raise ValueError(f"has '{name[:80]}' twice")
+                if dataset.shape is None or dataset.is_virtual or dataset.external: raise ValueError(f"keeps '{name[:80]}' elsewhere")
+                if dataset.size: found[name] = dataset
+            if sum(d.nbytes for d in found.values()) > file.size: raise ValueError("claims to hold more than it is long")
+            yield found
+    except ModelError as e: raise ModelError(e.problem, path=e.path or file.path, remedy=e.remedy) from e
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError) as e:
+        raise ModelError(f"is damaged, or no file of weights: {str(e)[:200]}", path=file.path, remedy="fetch it again") from e
+
+def read_hdf5(
+    file: WeightFile,
+) -> dict[str, Tensor]: # by path, without ':0'; float32, on the CPU
+    "All arrays of an HDF5 file. Raises `ModelError` for a file that is damaged, holds links, or an array that is not finite or no array of numbers."
+    with _hdf5(file) as found:
+        tensors: dict[str, Tensor] = {}
+        for name, dataset in found.items():
+            try: tensors[name] = _array(dataset)
+            except ValueError as e: raise ModelError(f"tensor '{name[:80]}' {e}", remedy="the file is damaged; fetch it again") from e
+        return tensors
 
 # %% ../../nbs/models/04_weights.ipynb #60210e99
 def beside(
@@ -341,8 +410,8 @@ def _fitting(file: WeightFile) -> Iterator[None]:
     "What goes wrong with names and shapes becomes a `ModelError` that names the file."
     try: yield
     except (ModelError, ConfigError) as e: raise ModelError(e.problem, path=e.path or file.path, remedy=e.remedy) from e
-    except KeyError as e: raise ModelError(f"has no tensor {str(e)[:80]}", path=file.path, remedy="it is not complete, or not from PFTSleep") from e
-    except (RuntimeError, ValueError, IndexError, TypeError) as e: raise ModelError(f"has tensors that don't fit together: {str(e)[:300]}", path=file.path, remedy="it is damaged, or not from PFTSleep") from e
+    except KeyError as e: raise ModelError(f"has no tensor {str(e)[:80]}", path=file.path, remedy="it is not complete, or of another model") from e
+    except (RuntimeError, ValueError, IndexError, TypeError) as e: raise ModelError(f"has tensors that don't fit together: {str(e)[:300]}", path=file.path, remedy="it is damaged, or of another model") from e
 
 def _recipe(c: PatchConfig) -> dict | None:
     "How the published models' input was prepared; unknown for others."
@@ -423,12 +492,18 @@ class Format:
     load: Callable[..., nn.Module] # of the file and `upstream`; keywords are what the caller may choose
     which: tuple[str, ...] = () # those keywords
 
+def _load_pat(file: WeightFile, upstream: bool, any_length: bool = False) -> nn.Module:
+    with _fitting(file): return from_keras(read_hdf5(file), upstream, any_length)
+
 def _has(start: str) -> Callable[[WeightFile], bool]: return lambda file: any(k.startswith(start) for k in _lightning(file)[0])
 
 FORMATS: list[Format] = [
     Format("PFTSleep encoder", _has("model.patch_encoder."), _load_encoder, ("part", "n_heads", "channels", "rate")),
-    Format("PFTSleep classifier", _has("encoder.model.patch_encoder."), _load_classifier, ("n_heads", "channels", "rate"))]
-KNOWN_SHA256: dict[str, str] = {} # name of a file: what it must have; those of PFTSleep aren't public
+    Format("PFTSleep classifier", _has("encoder.model.patch_encoder."), _load_classifier, ("n_heads", "channels", "rate")),
+    Format("PAT", lambda file: file.kind == "hdf5" and is_pat(file.tree), _load_pat, ("any_length",))]
+KNOWN_SHA256: dict[str, str] = { # name of a file: what it must have; those of PFTSleep aren't public, nor PAT's of 21 538 people
+    "PAT-S_29k_weights.h5": "37b3c530b8d9d89416d28fddbb4545de568cc52ddf6f5c700eeb4aa78f1c3616", "PAT-M_29k_weights.h5": "c432f3f6f48cdd7817368d30fcad87708d6994c61324ae64885bb9f871dba575",
+    "PAT-L_29k_weights.h5": "19f9ad1235bdbea2636b6b40c6425536d624450f0b97302b7440bf978c3ee04f"}
 
 # %% ../../nbs/models/04_weights.ipynb #c155c470
 def load_published(
@@ -436,17 +511,19 @@ def load_published(
     *,
     upstream: bool = True, # exactly as the original computed, errors included; False = with our corrections. Kept in the config
     sha256: str | None = None, # what the file must have; None = whatever `KNOWN_SHA256` says
-    **which, # depends on the format: `n_heads`, `channels`, `rate`, `part`
+    **which, # depends on the format: `n_heads`, `channels`, `rate`, `part`; `any_length`
 ) -> nn.Module: # in eval mode, on the CPU, with `config`, `recipe` and `provenance`
     "A published model, whatever the format. Raises `ModelError` if the file is damaged, not known or not supported, `ConfigError` for a choice that the format doesn't have."
     file = WeightFile(path)
     wanted = sha256 or KNOWN_SHA256.get(file.path.name)
-    if wanted and wanted.lower() != file.sha256: raise ModelError(f"has SHA-256 {file.sha256}, not {wanted.lower()}", path=path, remedy="it is damaged, or another version: fetch it again")
+    if wanted and wanted.lower() != file.sha256: raise ModelError(f"has SHA-256 {file.sha256}, not {wanted.lower()}", path=path, remedy="it is damaged, or another version: fetch it again; if you know that it is right, pass its digest as `sha256`")
     kind = next((f for f in FORMATS if f.recognise(file)), None)
     if kind is None: raise ModelError(f"has weights of an unknown model{_hint(file)}", path=path, remedy=f"these are known: {', '.join(f.name for f in FORMATS)}")
     if other := sorted(set(which) - set(kind.which)): raise ConfigError(f"a {kind.name} has no choice of {', '.join(other)}", path=path, remedy=f"choose {', '.join(kind.which)}")
     model = kind.load(file, upstream, **which).eval()
-    vars(model)["provenance"] = dict(file=file.path.name, sha256=file.sha256, format=kind.name, upstream=upstream)
+    provenance = vars(model)["provenance"] = dict(file=file.path.name, sha256=file.sha256, format=kind.name, upstream=upstream)
+    for part in model.modules():
+        if isinstance(part, Pretrained): part.source = dict(provenance)
     return model
 
 def _hint(file: WeightFile) -> str:
