@@ -38,7 +38,8 @@ CONFIGS = {"simulated/make_cohort.py": "simulated/cohort.yaml", "simulated/make_
     "model_training/pretrain.py": "model_training/pretrain.yaml", "model_training/probe.py": "model_training/probe.yaml",
     "model_training/train_transformer.py": "model_training/train_transformer.yaml", "model_training/train_classifier.py": "model_training/train_classifier.yaml",
     "model_training/ablation.py": "model_training/ablation.yaml", "model_training/study.py": "model_training/study.yaml",
-    "nhanes/build_store.py": "nhanes/store.yaml", "nhanes/build_labels.py": "nhanes/labels.yaml"}
+    "nhanes/build_store.py": "nhanes/store.yaml", "nhanes/build_labels.py": "nhanes/labels.yaml",
+    "model_training/train_pat.py": "model_training/train_pat.yaml", "model_training/finetune_pat.py": "model_training/finetune_pat.yaml"}
 
 
 def run(script: str, *arguments) -> str:

@@ -36,6 +36,8 @@ COMMANDS = {
     "merge": ("pftsleep.apps.stores", "merge"),
     "pretrain": ("pftsleep.apps.training", "pretrain"),
     "probe": ("pftsleep.apps.training", "probe"),
+    "finetune": ("pftsleep.apps.finetuning", "finetune"),
+    "embed": ("pftsleep.apps.embedding", "embed"),
     "stage": ("pftsleep.apps.commands", "stage"),
     "evaluate": ("pftsleep.apps.commands", "evaluate"),
 } # subcommand -> module, function
@@ -60,6 +62,8 @@ stores
 models
   pretrain    a store -> an encoder, without labels
   probe       a store with stages, an encoder -> a sleep stager
+  finetune    weeks, labels, an encoder -> a model for the task, and its honest figure
+  embed       recordings, an encoder -> a table of vectors, or one for each patch of time
   stage       recordings, a stager -> hypnograms, tables, reports
   evaluate    a store with stages, a stager -> agreement on unseen people
 

@@ -59,6 +59,7 @@ def actogram(
     if scores is not None and len(scores) != len(values): raise ConfigError(f"{len(scores)} scores for {len(values)} epochs", remedy="score the same epochs")
     if ax is None: ax = Figure(figsize=(8, 1 + .34 * days), layout="constrained").subplots()
     bars = _doubled(_bars(grid))
+    if np.isnan(bars).all(): raise SignalError("not enough was measured for one bar", remedy="draw a longer recording")
     top = np.nanpercentile(bars, 98) or np.nanmax(bars) or 1.
     _bands(ax, bars, np.isnan(bars), .02, .98, "#E4E4E4")
     if scores is not None:

@@ -6,13 +6,14 @@
 __all__ = ['Mode', 'Learner', 'Examples', 'stratified_split', 'nested_subsets', 'LongConfig', 'Watch', 'train_until',
            'TaskHeadConfig', 'TaskHead', 'probabilities', 'TaskModel', 'predict', 'rest', 'save_task', 'load_task',
            'plain_scaler', 'scaler_of', 'class_weights', 'weighted_loss', 'separation', 'FinetuneConfig', 'finetune',
-           'apart', 'finished', 'pretrained_on', 'guard_benchmark', 'finetuning', 'from_scratch', 'estimator',
-           'week_features', 'boosting', 'wavelets', 'label_curve', 'curve_summary']
+           'apart', 'finished', 'pretrained_on', 'survey_name', 'guard_benchmark', 'finetuning', 'from_scratch',
+           'estimator', 'week_features', 'boosting', 'wavelets', 'label_curve', 'curve_summary']
 
 # %% ../../nbs/training/06_finetune.ipynb #18b15b0f
 import base64
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -538,14 +539,22 @@ def pretrained_on(
     if not told.get("file"): return () # made here
     return next((seen for tag, seen in _SEEN.items() if tag in str(told["file"])), None)
 
+def survey_name(
+    cohort: str | None, # in whatever spelling, such as 'nhanes-2013-14'
+) -> str: # such as 'NHANES 2013-2014'; other cohorts as they are
+    "As the provenance of weights calls a survey."
+    m = re.fullmatch(r"(?i)nhanes[ _-]*(\d\d)(\d\d)[-/](?:\d\d)?(\d\d)", (cohort or "").strip())
+    return f"NHANES {m[1]}{m[2]}-{m[1]}{m[3]}" if m else (cohort or "").strip()
+
 def guard_benchmark(
     encoder: Encoder,
     cohort: str, # where the labels come from
 ) -> None:
     "Raise `ConfigError` when the encoder was pretrained on the people of a benchmark, or nobody knows."
-    seen = pretrained_on(encoder)
+    seen, cohort = pretrained_on(encoder), survey_name(cohort)
     if seen is None: raise ConfigError("nobody knows on whom these weights were pretrained", path=getattr(encoder, "provenance", {}).get("file"), remedy="set encoder.provenance['pretrained_on'] to the names of the cohorts, or don't call it a benchmark")
-    if cohort and cohort in seen: raise ConfigError(f"these weights were pretrained on {', '.join(seen)}, and the labels are those of {cohort}", path=getattr(encoder, "provenance", {}).get("file"), remedy="begin with the 21k weights, or don't call it a benchmark")
+    if cohort.upper() == "NHANES" and any(survey_name(s).startswith("NHANES") for s in seen): raise ConfigError("these weights were pretrained on some years of NHANES, and nobody says of which years the labels are", remedy="name the survey, such as 'NHANES 2005-2006', or don't call it a benchmark")
+    if cohort and cohort in map(survey_name, seen): raise ConfigError(f"these weights were pretrained on {', '.join(seen)}, and the labels are those of {cohort}", path=getattr(encoder, "provenance", {}).get("file"), remedy="begin with the 21k weights, or don't call it a benchmark")
 
 # %% ../../nbs/training/06_finetune.ipynb #8aab40f8
 Learner = Callable[[Examples, Examples, Path, int], tuple[Callable[[Examples], np.ndarray], dict]] # train, val, folder, seed -> predict, facts
