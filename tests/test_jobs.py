@@ -35,9 +35,11 @@ SCRIPTS = sorted(p.relative_to(JOBS).as_posix() for p in JOBS.rglob("*.py"))
 STUDIES = ("shhs", "mesa", "mros", "wsc", "apples", "cinc2018", "sleep_edf", "dreem")
 CONFIGS = {"simulated/make_cohort.py": "simulated/cohort.yaml", "simulated/make_study.py": "simulated/study.yaml", "simulated/build_store.py": "simulated/store.yaml",
     **{f"{s}/build_{what}.py": f"{s}/{what}.yaml" for s in STUDIES for what in ("hypnograms", "store")},
-    "model_training/pretrain.py": "model_training/pretrain.yaml", "model_training/probe.py": "model_training/probe.yaml",
+    "model_training/pretrain.py": "model_training/pretrain.yaml", "model_training/finetune_classification.py": "model_training/finetune_classification.yaml",
+    "model_training/pretrain_nights.py": "model_training/pretrain_nights.yaml", "model_training/probe.py": "model_training/probe.yaml",
     "model_training/train_transformer.py": "model_training/train_transformer.yaml", "model_training/train_classifier.py": "model_training/train_classifier.yaml",
     "model_training/ablation.py": "model_training/ablation.yaml", "model_training/study.py": "model_training/study.yaml",
+    **{f"cinc2018/{s}.py": f"cinc2018/{s}.yaml" for s in ("extract", "prepare", "embed", "evaluate")},
     "nhanes/build_store.py": "nhanes/store.yaml", "nhanes/build_labels.py": "nhanes/labels.yaml",
     "model_training/train_pat.py": "model_training/train_pat.yaml", "model_training/finetune_pat.py": "model_training/finetune_pat.yaml"}
 
@@ -66,7 +68,7 @@ def test_the_way_from_files_to_a_stager(tmp_path):
     assert "4 nights of 4 people" in said
     run(*config("simulated/build_store.py"), tmp_path / "files", tmp_path / "store")
     assert open_store(tmp_path / "store").recipe["channels"] == ["EEG", "EOG", "EMG"]
-    run(*config("model_training/pretrain.py"), tmp_path / "store", tmp_path / "run", "--train.d_model", 32, "--train.n_layers", 1, *train)
+    run(*config("model_training/pretrain_nights.py"), tmp_path / "store", tmp_path / "run", "--train.d_model", 32, "--train.n_layers", 1, *train)
     run(*config("model_training/probe.py"), tmp_path / "store", tmp_path / "run" / "encoder", tmp_path / "probe", *train)
     assert load_stager(tmp_path / "probe" / "stager").channels == ("EEG", "E1", "EMG")
     size = "--train.d_model", 16, "--train.n_layers", 1, *train, "--probe.accelerator", "cpu", "--probe.epochs", 1

@@ -252,7 +252,7 @@ class Head(Pretrained):
     ) -> Self:
         "A new head that fits `encoder`."
         c = encoder.config
-        return cls(HeadConfig.preset(preset, c.channels, c.d_model, c.seconds_per_token, n_classes=n_classes, seconds_per_epoch=seconds_per_epoch, **changes), encoder.recipe)
+        return cls(HeadConfig.preset(preset, c.rows, c.d_model, c.seconds_per_token, n_classes=n_classes, seconds_per_epoch=seconds_per_epoch, **changes), encoder.recipe)
 
     def forward(self, tokens: Tokens) -> Tensor: # [B,E,K] logits
         "Logits per epoch; those of padded epochs mean nothing (`padded` says which they are; they are 0, except `upstream`). Raises `ModelError` for tokens of another encoder."

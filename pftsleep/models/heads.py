@@ -83,7 +83,7 @@ class LinearProbe(Pretrained):
     ) -> Self:
         "A new probe that fits `encoder`."
         c = encoder.config
-        return cls(ProbeConfig(c.channels, c.d_model, c.seconds_per_token, n_classes, seconds_per_epoch), encoder.recipe)
+        return cls(ProbeConfig(c.rows, c.d_model, c.seconds_per_token, n_classes, seconds_per_epoch), encoder.recipe)
 
     def forward(self, tokens: Tokens) -> Tensor: # [B,E,K] logits
         "Logits per epoch; those of padded epochs mean nothing (`epoch_features` says which they are). Tokens of `epoch_tokens`, one per epoch, give the same logits."

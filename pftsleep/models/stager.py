@@ -110,7 +110,7 @@ def load_stager(
     except (ValueError, OSError) as e: raise ModelError(f"stager.json can't be read: {e}", path=folder, remedy=again) from e
     if not isinstance(facts, dict) or facts.get("format") != "pftsleep-stager/1": raise ModelError("stager.json has a format that is not one of this version", path=folder, remedy=again)
     encoder, head = PatchTransformer.from_pretrained(folder / "encoder"), load_head(folder / "head")
-    if encoder.config.channels != head.config.channels: raise ModelError("encoder and head were made for different channels", path=folder, remedy=again)
+    if encoder.config.rows != head.config.channels: raise ModelError("encoder and head were made for different channels", path=folder, remedy=again)
     try: return Stager(encoder, head, Recipe.from_dict(facts["recipe"]), facts["provenance"]).eval()
     except (KeyError, TypeError) as e: raise ModelError(f"stager.json lacks {e}", path=folder, remedy=again) from e
 

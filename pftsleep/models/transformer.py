@@ -75,6 +75,8 @@ class PatchConfig:
     @property
     def seconds_per_token(self) -> float: return self.patch / self.rate
     @property
+    def rows(self) -> tuple[str, ...]: return self.channels # of tokens, one each; encoders that mix channels have fewer
+    @property
     def width(self) -> int: return self.head_width or self.d_model // self.n_heads # of a head
 
     def check(self,

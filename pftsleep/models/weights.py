@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from struct import error as StructError
 from typing import Any
@@ -30,8 +30,12 @@ from torch import Tensor, nn
 
 from ..data.signals import Recipe
 from ..errors import ConfigError, ModelError
+from .aar import from_published_aar, is_aar
 from .head_parts import Head, from_published_keys, published_config
+from .clinical_heads import clinical_diagnosis, clinical_staging, is_clinical_diagnosis, is_clinical_staging
 from .pat import from_keras, is_pat
+from .set_transformer import is_sleepfm_clinical, sleepfm_clinical
+from .sleepfm import choose_modality, is_sleepfm_2024, sleepfm_2024
 from .transformer import PatchConfig, PatchTransformer, Pretrained, Reconstruction, Tokens
 
 # %% ../../nbs/models/04_weights.ipynb #1a8eff57
@@ -326,13 +330,14 @@ def read_hdf5(
 def beside(
     path: Path, # a file of weights
     key: str, # of a setting
+    model: str | None = None, # only files that say they are of this model, or don't say
 ) -> Any: # None if no file has it
     "A setting from a `*config.json` in the same folder. Raises `ModelError` if there are several that don't agree."
     found = {}
     for p in sorted(path.parent.glob("*config.json")):
         try: settings = json.loads(p.read_text(encoding="utf8")) if p.stat().st_size < 1 << 20 else None
         except (OSError, ValueError, RecursionError) as e: raise ModelError(f"can't be read: {e}", path=p, remedy=f"it lies beside {path.name} and may say what `{key}` is: repair it, or move it away") from e
-        if isinstance(settings, dict) and key in settings: found[p.name] = settings[key]
+        if isinstance(settings, dict) and key in settings and (model is None or settings.get("model", model) == model): found[p.name] = settings[key]
     if any(v != next(iter(found.values())) for v in found.values()): raise ModelError(f"{' and '.join(found)} don't agree about `{key}`", path=path, remedy=f"pass `{key}`")
     return next(iter(found.values()), None)
 
@@ -495,12 +500,36 @@ class Format:
 def _load_pat(file: WeightFile, upstream: bool, any_length: bool = False) -> nn.Module:
     with _fitting(file): return from_keras(read_hdf5(file), upstream, any_length)
 
+def _load_sleepfm_2024(file: WeightFile, upstream: bool, modality: str | None = None, channels: tuple[str, ...] | None = None) -> nn.Module:
+    choose_modality(file.tree, modality, file.path) # a choice of the caller's, not a fault of the file
+    with _fitting(file): return sleepfm_2024(file.tree, partial(read_tensors, file), upstream, modality, channels)
+
+def _clinical(build: Callable[..., nn.Module], model: str) -> Callable[..., nn.Module]:
+    "A loader of SleepFM-clinical; the authors keep numbers of heads in `config.json`, those of the heads under `model_params`."
+    def load(file: WeightFile, upstream: bool, **which) -> nn.Module:
+        with _fitting(file):
+            flat = {k: v for k in ("num_heads", "pooling_head") if (v := beside(file.path, k, model)) is not None}
+            nested = beside(file.path, "model_params", model)
+            return build(file.tree, partial(read_tensors, file), upstream, beside=flat | (nested if isinstance(nested, dict) else {}), **which)
+    return load
+
+def _load_aar(file: WeightFile, upstream: bool, **which) -> nn.Module:
+    settings = which if which.get("patch") or (found := beside(file.path, "patch_size")) is None else which | {"patch": found}
+    with _fitting(file): return from_published_aar(read_tensors(file, file.tree), upstream, **settings)
+
+def _torch(known: Callable[[Any], bool]) -> Callable[[WeightFile], bool]: return lambda file: file.kind == "torch" and known(file.tree)
+
 def _has(start: str) -> Callable[[WeightFile], bool]: return lambda file: any(k.startswith(start) for k in _lightning(file)[0])
 
 FORMATS: list[Format] = [
     Format("PFTSleep encoder", _has("model.patch_encoder."), _load_encoder, ("part", "n_heads", "channels", "rate")),
     Format("PFTSleep classifier", _has("encoder.model.patch_encoder."), _load_classifier, ("n_heads", "channels", "rate")),
-    Format("PAT", lambda file: file.kind == "hdf5" and is_pat(file.tree), _load_pat, ("any_length",))]
+    Format("PAT", lambda file: file.kind == "hdf5" and is_pat(file.tree), _load_pat, ("any_length",)),
+    Format("SleepFM 2024", _torch(is_sleepfm_2024), _load_sleepfm_2024, ("modality", "channels")),
+    Format("SleepFM-clinical encoder", _torch(is_sleepfm_clinical), _clinical(sleepfm_clinical, "SetTransformer"), ("channels", "modalities", "n_heads", "pooling_heads")),
+    Format("SleepFM-clinical diagnosis", _torch(is_clinical_diagnosis), _clinical(clinical_diagnosis, "DiagnosisFinetuneFullLSTMCOXPHWithDemo"), ("pooling_heads",)),
+    Format("SleepFM-clinical staging", _torch(is_clinical_staging), _clinical(clinical_staging, "SleepEventLSTMClassifier"), ("n_heads", "pooling_heads")),
+    Format("AAR", _torch(lambda tree: bool(is_aar(tree))), _load_aar, ("part", "channels", "rate", "patch", "classes"))]
 KNOWN_SHA256: dict[str, str] = { # name of a file: what it must have; those of PFTSleep aren't public, nor PAT's of 21 538 people
     "PAT-S_29k_weights.h5": "37b3c530b8d9d89416d28fddbb4545de568cc52ddf6f5c700eeb4aa78f1c3616", "PAT-M_29k_weights.h5": "c432f3f6f48cdd7817368d30fcad87708d6994c61324ae64885bb9f871dba575",
     "PAT-L_29k_weights.h5": "19f9ad1235bdbea2636b6b40c6425536d624450f0b97302b7440bf978c3ee04f"}
@@ -521,7 +550,7 @@ def load_published(
     if kind is None: raise ModelError(f"has weights of an unknown model{_hint(file)}", path=path, remedy=f"these are known: {', '.join(f.name for f in FORMATS)}")
     if other := sorted(set(which) - set(kind.which)): raise ConfigError(f"a {kind.name} has no choice of {', '.join(other)}", path=path, remedy=f"choose {', '.join(kind.which)}")
     model = kind.load(file, upstream, **which).eval()
-    provenance = vars(model)["provenance"] = dict(file=file.path.name, sha256=file.sha256, format=kind.name, upstream=upstream)
+    provenance = vars(model)["provenance"] = dict(file=file.path.name, sha256=file.sha256, format=kind.name, upstream=upstream, **vars(model).pop("facts", {})) # with what the container says, such as SleepFM's temperature
     for part in model.modules():
         if isinstance(part, Pretrained): part.source = dict(provenance)
     return model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGGERS', 'LoopConfig', 'seeded', 'one_thread', 'one_cycle', 'stored_bytes', 'Training', 'start_run', 'finish_run',
-           'weights_hash', 'fit', 'history']
+           'fit', 'history']
 
 # %% ../../nbs/training/01_runs.ipynb #3db10ccc
 import copy
@@ -29,13 +29,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..data.datasets import collate_nights
 from ..data.samplers import EpochSampler, seed_worker, step_generator
 from ..errors import ConfigError
+from ..models.stager import weights_hash # noqa: F401 (every run records it)
 from ..files import write_whole
 from ..models.transformer import PatchConfig, PatchTransformer
 
@@ -171,14 +172,6 @@ def finish_run(
     "Add the results to run.json."
     file = Path(folder) / "run.json"
     _write_json(file, json.loads(file.read_text()) | dict(results=dict(results)))
-
-def weights_hash(
-    module: nn.Module, # on any device
-) -> str: # 16 hexadecimal digits
-    "A hash over names, shapes and bytes of all weights and buffers."
-    digest = hashlib.sha256()
-    for name, t in sorted(module.state_dict().items()): digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 # %% ../../nbs/training/01_runs.ipynb #25e2ad3a
 def _write_json(file: Path, value) -> None:
