@@ -84,9 +84,9 @@ def test_a_changed_module_is_noticed(monkeypatch):
 
 # --- tools/check.py
 
-def judged(code: int, junit: Path | None = None, output: str = "") -> check.Job:
+def judged(code: int, junit: Path | None = None) -> check.Job:
     job = check.Job("a job", [], junit=junit)
-    check.judge(job, code, output)
+    check.judge(job, code)
     return job
 
 
@@ -97,11 +97,17 @@ def test_a_check_passes_or_fails():
 
 def test_pytest_is_counted(tmp_path):
     junit = tmp_path / "junit.xml"
-    junit.write_text('<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><error/></testcase>'
+    junit.write_text('<testsuites><testsuite><testcase name="a"/><testcase name="b" classname="t"><failure>line 1&#10;E  wrong</failure></testcase><testcase name="c"><error/></testcase>'
         '<testcase name="d"><skipped message="no data"/></testcase></testsuite></testsuites>')
-    job = judged(1, junit, "TOTAL    100   10   90%\n")
-    assert (job.passed, job.failed, job.skipped, job.note) == (1, 2, 1, "coverage 90%, 1 skipped")
+    job = judged(1, junit)
+    assert (job.passed, job.failed, job.skipped, job.note) == (1, 2, 1, "1 skipped")
     assert check.skipped_tests([job]) == ["   1 skipped: no data"]
+    assert check.failures(job) == ["FAILED t::b", "line 1", "E  wrong", "FAILED None::c"]
+
+
+def test_every_file_of_tests_is_in_one_half_and_the_site_s_in_the_second():
+    first, second = check.halves()
+    assert sorted([*first, *second]) == sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("test_*.py")) and "tests/test_docs_site.py" in second
 
 
 def test_ending_badly_is_a_failure_even_without_a_failed_test(tmp_path):

@@ -47,18 +47,35 @@ class Job:
 
 
 def fast_jobs(logs: Path) -> list[Job]:
-    junit = logs / "pytest.xml"
     return [
         Job("docs build", [PY, "docs/build.py"]),
+        *(Job(f"pytest {i}", [PY, "-m", "pytest", *files, "-m", "not slow and not gpu", "--continue-on-collection-errors", f"--junitxml={logs / f'pytest-{i}.xml'}",
+            "--cov=pftsleep", "--cov-report=", "--durations=15"], step="pytest", timeout=1200, after="docs build" if "tests/test_docs_site.py" in files else "", junit=logs / f"pytest-{i}.xml")
+            for i, files in enumerate(halves(), 1)),
         Job("mypy", [PY, "-m", "mypy"]),
-        Job("pytest", [PY, "-m", "pytest", "-m", "not slow and not gpu", "--continue-on-collection-errors", f"--junitxml={junit}", "--cov=pftsleep", "--cov-report=term", "--durations=15"],
-            timeout=1200, after="docs build", junit=junit),
         *notebook_jobs(notebooks(), flags=""),
         Job("export in sync", [PY, "tools/sync.py", "export", "--check"]),
         Job("notebooks clean", [PY, "tools/sync.py", "clean", "--check"]),
         Job("README in sync", [PY, "tools/sync.py", "readme", "--check"]),
         Job("ruff", [PY, "-m", "ruff", "check", "."]),
     ]
+
+
+def halves() -> list[list[str]]:
+    "The files of tests in two parts of about the same size, so that both cores have something to do."
+    parts: list[list[Path]] = [[], []]
+    weight = lambda part: sum(p.stat().st_size for p in part)
+    for path in sorted((ROOT / "tests").glob("test_*.py"), key=lambda p: -p.stat().st_size): min(parts, key=weight).append(path)
+    return sorted(([p.relative_to(ROOT).as_posix() for p in sorted(part)] for part in parts), key=lambda part: "tests/test_docs_site.py" in part) # that one waits for the site
+
+
+def coverage(logs: Path) -> str: # such as '95%'; '' where nothing was measured
+    found = [str(p) for p in logs.glob("coverage.*")]
+    env = {**os.environ, "COVERAGE_FILE": str(logs / "all-coverage")}
+    if not found or subprocess.run([PY, "-m", "coverage", "combine", "--keep", "-q", *found], cwd=ROOT, env=env).returncode: return ""
+    said = subprocess.run([PY, "-m", "coverage", "report"], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    (logs / "coverage.txt").write_text(said)
+    return total[1] if (total := re.search(r"^TOTAL\s.*?(\d+%)", said, re.M)) else ""
 
 
 def marked_jobs(logs: Path, mark: str, others: list[str]) -> list[Job]:
@@ -84,7 +101,7 @@ def run(job: Job, jobs: dict[str, Job], logs: Path) -> None:
     if job.after in jobs: jobs[job.after].done.result()
     started = time.monotonic()
     log = logs / (re.sub(r"\W+", "-", job.name) + ".log")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(logs / "coverage"), "PFTSLEEP_SITE": str(ROOT / "_docs")}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(logs / f"coverage.{log.stem}"), "PFTSLEEP_SITE": str(ROOT / "_docs")}
     with log.open("w") as out:
         process = subprocess.Popen(job.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try: code = process.wait(job.timeout)
@@ -94,11 +111,11 @@ def run(job: Job, jobs: dict[str, Job], logs: Path) -> None:
             with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL) # and what it left behind
             process.wait()
     job.seconds = time.monotonic() - started
-    judge(job, code, log.read_text(errors="replace"))
+    judge(job, code)
     report(job, log)
 
 
-def judge(job: Job, code: int, output: str) -> None:
+def judge(job: Job, code: int) -> None:
     "Counts what passed; a job that ends badly fails at least once, whatever it counted."
     if job.junit is None: job.passed, job.failed = int(code == 0), int(code != 0)
     elif job.junit.exists():
@@ -107,9 +124,7 @@ def judge(job: Job, code: int, output: str) -> None:
             if kinds & {"failure", "error"}: job.failed += 1
             elif "skipped" in kinds: job.skipped += 1
             else: job.passed += 1
-        covered = re.search(r"^TOTAL\s.*?(\d+%)", output, re.M)
-        notes = [f"coverage {covered[1]}" if covered else "", f"{job.skipped} skipped" if job.skipped else ""]
-        job.note = job.note or ", ".join(filter(None, notes))
+        job.note = job.note or (f"{job.skipped} skipped" if job.skipped else "")
     nothing_selected = job.junit is not None and code == 5
     if code != 0 and not job.failed and not nothing_selected: job.failed = 1
 
@@ -180,6 +195,7 @@ def main() -> None:
                 print(f"FAIL  {job.name}: {job.note}", flush=True)
             finally: job.done.set_result(None)
         list(pool.map(finish, jobs))
+    if covered := coverage(logs): print(f"\ncoverage {covered}")
     sys.exit(bool(summary(jobs, time.monotonic() - begun)))
 
 

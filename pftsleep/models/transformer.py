@@ -90,15 +90,13 @@ class PatchConfig:
     @classmethod
     def pftsleep(cls, **changes) -> Self:
         "The published PFTSleep encoder: 8 h of seven channels at 125 Hz in patches of 6 s."
-        settings: dict[str, Any] = dict(channels=("ECG", "EOG left", "chin EMG", "EEG central", "SpO2", "Thorax", "Abdomen"), rate=125., patch=750, d_model=512, n_layers=3,
-            n_heads=4, d_ff=2048, embedding="per_channel", position="learned", max_patches=4800, norm="batch", pre_norm=False, final_norm=False, residual_attention=True, dropout=.1, upstream=True)
-        return cls(**settings | changes)
+        return cls(**dict[str, Any](channels=("ECG", "EOG left", "chin EMG", "EEG central", "SpO2", "Thorax", "Abdomen"), rate=125., patch=750, d_model=512, n_layers=3,
+            n_heads=4, d_ff=2048, embedding="per_channel", position="learned", max_patches=4800, norm="batch", pre_norm=False, final_norm=False, residual_attention=True, dropout=.1, upstream=True) | changes)
 
     @classmethod
     def tiny(cls, channels=("EEG",), rate: float = 100., **changes) -> Self:
         "Our own small encoder for laptops and demonstrations: any length, patches of 6 s."
-        settings: dict[str, Any] = dict(channels=channels, rate=rate, patch=round(6 * rate), dropout=.1)
-        return cls(**settings | changes)
+        return cls(**dict[str, Any](channels=channels, rate=rate, patch=round(6 * rate), dropout=.1) | changes)
 
     @classmethod
     def base(cls, channels=("EEG",), rate: float = 100., **changes) -> Self:
