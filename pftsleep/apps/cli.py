@@ -134,7 +134,7 @@ def words(
     arguments: Sequence[str], # options in the parser's spelling
     function: Callable, # behind the subcommand
 ) -> list[str]: # options, then one word for each required parameter
-    "Words at the end are the list that a command requires; a word for a command that requires nothing is its first parameter."
+    "Words at the end are the list that a command requires; a word for a command that requires nothing is its first parameter. What is required may also be named, `--model FOLDER`."
     options, alone, waiting = list[str](), list[str](), False
     for a in arguments:
         (options if waiting or a.startswith("-") else alone).append(a)
@@ -142,9 +142,22 @@ def words(
     parameters = list(inspect.signature(function).parameters.values())
     required = [p for p in parameters if p.default is p.empty]
     if alone and parameters and not required: alone = [f"--{parameters[0].name}={alone[0]}", *alone[1:]]
-    n = len(required) - 1
-    if required and _is_list(required[-1]) and alone[n:] and not alone[n].startswith("["): alone = [*alone[:n], json.dumps(alone[n:], ensure_ascii=False)]
-    return [*options, *alone]
+    options, named = _named(options, {p.name for p in required})
+    left = [p for p in required if p.name not in named]
+    if named and alone[len(left) - 1:len(left)] == [] and left and "--help" not in options: raise ConfigError(f"{left[len(alone)].name.upper()} is missing", remedy=f"--{left[0].name} says it by name, too")
+    n = len(left) - 1
+    if left and _is_list(left[-1]) and alone[n:] and not alone[n].startswith("["): alone = [*alone[:n], json.dumps(alone[n:], ensure_ascii=False)]
+    rest = iter(alone)
+    return [*options, *(named[p.name] if p.name in named else next(rest) for p in required if named), *rest]
+
+def _named(options: list[str], required: set[str]) -> tuple[list[str], dict[str, str]]:
+    "Options proper, and the values of required parameters that were given by name."
+    others, named, rest = list[str](), dict[str, str](), iter(options)
+    for o in rest:
+        name, equals, value = o.removeprefix("--").partition("=")
+        if o.startswith("--") and name in required: named[name] = value if equals else next(rest, "")
+        else: others.append(o)
+    return others, named
 
 # %% ../../nbs/apps/05_cli.ipynb #25f0182b
 def main(
