@@ -39,7 +39,8 @@ CONFIGS = {"simulated/make_cohort.py": "simulated/cohort.yaml", "simulated/make_
     "model_training/pretrain_nights.py": "model_training/pretrain_nights.yaml", "model_training/probe.py": "model_training/probe.yaml",
     "model_training/train_transformer.py": "model_training/train_transformer.yaml", "model_training/train_classifier.py": "model_training/train_classifier.yaml",
     "model_training/ablation.py": "model_training/ablation.yaml", "model_training/study.py": "model_training/study.yaml",
-    **{f"cinc2018/{s}.py": f"cinc2018/{s}.yaml" for s in ("extract", "prepare", "embed", "evaluate")},
+    **{f"cinc2018/{s}.py": f"cinc2018/{s}.yaml" for s in ("extract", "prepare", "pretrain", "embed", "evaluate")},
+    "model_training/contrastive_ablation.py": "model_training/contrastive_ablation.yaml",
     **{f"animals/{s}.py": f"animals/{s}.yaml" for s in (*(f"process_{n}" for n in ("horsing_around", "calf", "cats", "idlab_foaling", "kamminga_goats", "waves_equine_activities", "whitestork", "csv", "device")), "data_preparation_pretraining", "data_preparation_finetuning")},
     "nhanes/build_store.py": "nhanes/store.yaml", "nhanes/build_labels.py": "nhanes/labels.yaml",
     "model_training/train_pat.py": "model_training/train_pat.yaml", "model_training/finetune_pat.py": "model_training/finetune_pat.yaml"}
