@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from defusedxml import ElementTree
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, example, given, HealthCheck, settings
 from hypothesis import strategies as st
 
 from pftsleep.data import annotation_writers
@@ -261,6 +261,8 @@ ANY_EVENTS = st.lists(st.tuples(st.floats(-1e8, 1e8), st.floats(0, 1e6) | st.jus
 
 
 @given(st.sampled_from(WITH_EVENTS), ANY_EVENTS)
+@example("bids", table([(0., math.nan, "", "\0")]))
+@example("bids", table([(0., math.nan, "0", None)]))
 @tmp
 def test_any_event_is_written_and_the_stages_survive(tmp_path, format, events):
     h, path = Hypnogram([0, 2, -1, 2], 30), tmp_path / f"n_events.{'tsv' if format == 'bids' else format}"

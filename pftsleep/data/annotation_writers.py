@@ -151,7 +151,7 @@ def _write_bids(h: Hypnogram, events: pd.DataFrame, path: Path) -> None:
     if hidden := {name.strip() for name in events["name"] if name.strip().casefold() in _BARE_STAGES}:
         raise ConfigError(f"the events {sorted(hidden)[:9]} would be taken for stages", path, remedy="rename or drop them, or write 'edf' or 'nsrr'")
     stages = [(h.onset + k * h.epoch_length, h.epoch_length, _WORDS[Stage(s)], "") for k, s in enumerate(h.stages)]
-    cell = lambda text: re.sub(r"\s+", " ", text).strip() or "n/a"
+    cell = lambda text: re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip() or "n/a"
     rows = sorted([*stages, *_lights(h), *events[EVENT_COLUMNS].itertuples(index=False)], key=lambda row: row[0])
     lines = ["\t".join((_number(t), _number(d) if math.isfinite(d) else "n/a", cell(name), cell(channel))) for t, d, name, channel in rows]
     write_whole(path.with_suffix(".json"), (json.dumps(_sidecar(h, sorted({cell(row[2]) for row in rows} - {*_WORDS.values()})), indent=1) + "\n").encode())

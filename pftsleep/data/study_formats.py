@@ -505,7 +505,7 @@ def read_bids(
         cell = dict(zip(columns, (c.strip() for c in row), strict=True))
         name, channel = cell[word], cell.get("channel", "n/a")
         if name.casefold() not in known and levels.get(name, "").casefold() in known: name = levels[name]
-        if re.fullmatch(r"-?\d+(\.0)?", name): raise HypnogramError(f"trial type '{name[:20]}' in {where} may mean anything", path, remedy="explain it under Levels in the .json beside")
+        if re.fullmatch(r"-?\d+(\.0)?", name) and levels.get(name) != "annotation": raise HypnogramError(f"trial type '{name[:20]}' in {where} may mean anything", path, remedy="explain it under Levels in the .json beside")
         rows.append((number_in(cell["onset"], f"the onset in {where}", path), duration_in(cell["duration"]), name, "" if channel == "n/a" else channel))
     return split_scoring(rows, _BIDS_STAGES, path)
 
