@@ -113,6 +113,7 @@ def help_texts(
 def switches(
     arguments: Sequence[str], # as typed
     function: Callable, # behind the subcommand
+    by_name: bool = False, # what is required may be named as well, for a parser that takes it by its place
 ) -> list[str]: # as the parser wants them
     "`--dry-run` is short for `--dry_run=true`, dashes may stand for underscores, and commas divide a list."
     parameters = inspect.signature(function).parameters
@@ -125,7 +126,7 @@ def switches(
         if waiting in lists: argument = _as_list(argument)
         out.append(f"--{name}{equals}{_as_list(value) if equals and name in lists else value}{'=true' * alone}" if name else argument)
         waiting = "" if not name or equals or alone or name in ("help", "print_config") else name
-    return words(out, function)
+    return words(out, function, by_name)
 
 def _as_list(text: str) -> str: return text if text.startswith("[") or text == "null" else json.dumps([t.strip() for t in text.split(",")], ensure_ascii=False)
 
@@ -133,8 +134,9 @@ def _as_list(text: str) -> str: return text if text.startswith("[") or text == "
 def words(
     arguments: Sequence[str], # options in the parser's spelling
     function: Callable, # behind the subcommand
+    by_name: bool = False, # as `switches`
 ) -> list[str]: # options, then one word for each required parameter
-    "Words at the end are the list that a command requires; a word for a command that requires nothing is its first parameter. What is required may also be named, `--model FOLDER`."
+    "Words at the end are the list that a command requires; a word for a command that requires nothing is its first parameter."
     options, alone, waiting = list[str](), list[str](), False
     for a in arguments:
         (options if waiting or a.startswith("-") else alone).append(a)
@@ -142,7 +144,7 @@ def words(
     parameters = list(inspect.signature(function).parameters.values())
     required = [p for p in parameters if p.default is p.empty]
     if alone and parameters and not required: alone = [f"--{parameters[0].name}={alone[0]}", *alone[1:]]
-    options, named = _named(options, {p.name for p in required})
+    options, named = _named(options, {p.name for p in required if by_name})
     left = [p for p in required if p.name not in named]
     if named and alone[len(left) - 1:len(left)] == [] and left and "--help" not in options: raise ConfigError(f"{left[len(alone)].name.upper()} is missing", remedy=f"--{left[0].name} says it by name, too")
     n = len(left) - 1
@@ -171,7 +173,7 @@ def main(
     try:
         function = command(name)
         parser = make_parser(name, function)
-        values = parser.instantiate(parser.parse_args(switches(rest, function)))
+        values = parser.instantiate(parser.parse_args(switches(rest, function, by_name=True)))
         code = function(**{k: v for k, v in values.items() if k != "config"})
         sys.stdout.flush()
         return code
