@@ -434,7 +434,7 @@ CHECKS |= {"nhanes_xpt/DPQ_D.xpt": phq, "nhanes_xpt/PAXHD_H.xpt": header, "actig
     "actigraphy/depresjon/control_1.csv": depresjon(51611, 5, "2003-03-30 02:00:00"), "actigraphy/depresjon/scores.csv": scores, "actigraphy/nhanes_r/unidata.rda": nhanes_matrix,
     "actigraphy/nhanes_r/example_activity_data.RData": nhanes_days, "actigraphy/pyActigraphy/example_01.AWD": actiwatch, "actigraphy/pyActigraphy/sample-timeSeries.csv.gz": axivity,
     "accelerometer_human/skdh/ax3_sample.cwa": ax3, "accelerometer_human/pygt3x/ISM_Enabled.gt3x": link}
-LATER = {"accelerometer_animal/whitestork_acc.rda": "part 4, animals: no reader yet"}
+LATER = {"accelerometer_animal/whitestork_acc.rda": "a table of bouts and no recording: test_bouts checks what convert_rabc makes of it"} # what no reader of recordings takes
 
 
 def checks_of(file: str) -> list[Callable[[Path], None]]: return [check for pattern, check in CHECKS.items() if fnmatch(file, pattern)]
@@ -445,7 +445,7 @@ def checks_of(file: str) -> list[Callable[[Path], None]]: return [check for patt
 def test_what_is_true_of_it(file):
     if file in LATER: pytest.skip(LATER[file])
     found = checks_of(file)
-    assert found, f"{file} has no entry in CHECKS: say what is true of it, or in LATER which part will"
+    assert found, f"{file} has no entry in CHECKS: say what is true of it, or in LATER who does"
     for check in found: check(REALDATA / file)
 
 
@@ -456,6 +456,6 @@ def test_the_table_has_nothing_that_is_not_there():
 
 @pytest.mark.parametrize("file", LATER)
 def test_nobody_takes_it_for_something_else(file):
-    "What we can't read yet is refused by every reader that we have, and by name."
+    "What is no recording is refused by every reader of recordings, and by name."
     for read in (read_hypnogram, read_mesa_actigraphy, actigraphy_overlap, read_actigraphy, read_accelerometer, read_nhanes_r, Split.load, *set(READERS.values()), read_signals):
         with pytest.raises(PFTSleepError, match=re.escape(Path(file).name)): read(REALDATA / file)
