@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pftsleep.errors import ConfigError, ModelError
-from pftsleep.models import weights
 from pftsleep.models.clinical_heads import (
     ClinicalStaging,
     ClinicalStagingConfig,
@@ -29,14 +27,12 @@ from pftsleep.models.clinical_heads import (
     is_clinical_staging,
 )
 from pftsleep.models.set_transformer import Layer, Pooling, SetConfig, SetTransformer, is_sleepfm_clinical, sleepfm_clinical
-from pftsleep.models.sleepfm import PUBLISHED_CHANNELS, KeptNorm, SleepFMConfig, SleepFMEncoder, SupervisedCNN, choose_modality, is_sleepfm_2024, sleepfm_2024
+from pftsleep.models.sleepfm import PUBLISHED_CHANNELS, KeptNorm, SleepFMConfig, SleepFMEncoder, SupervisedCNN, is_sleepfm_2024, sleepfm_2024
 from pftsleep.models.transformer import Tokens, n_parameters
-from pftsleep.models.weights import Format, load_published, read_tensors
+from pftsleep.models.weights import load_published
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "sleepfm"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared/fixtures is not here")
-FORMATS = [("SleepFM 2024", is_sleepfm_2024, sleepfm_2024, ("modality", "channels")), ("SleepFM-clinical encoder", is_sleepfm_clinical, sleepfm_clinical, ("channels", "modalities", "n_heads", "pooling_heads")),
-    ("SleepFM-clinical diagnosis", is_clinical_diagnosis, clinical_diagnosis, ("pooling_heads",)), ("SleepFM-clinical staging", is_clinical_staging, clinical_staging, ("n_heads", "pooling_heads"))]
 
 
 def rand(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -44,21 +40,6 @@ def reference(name): return {k: torch.from_numpy(v) for k, v in np.load(FIXTURES
 def apart(a, b):
     assert a.shape == b.shape
     return float((a - b).detach().abs().max())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    "The formats, until `weights` has them itself."
-    if any("SleepFM" in f.name for f in weights.FORMATS): yield; return
-    def loading(build):
-        def load(file, upstream, **which):
-            if build is sleepfm_2024: choose_modality(file.tree, which.get("modality"), file.path)
-            with weights._fitting(file): return build(file.tree, partial(read_tensors, file), upstream, **which)
-        return load
-    mine = [Format(name, lambda file, known=known: file.kind == "torch" and known(file.tree), loading(build), which) for name, known, build, which in FORMATS]
-    weights.FORMATS.extend(mine)
-    yield
-    for f in mine: weights.FORMATS.remove(f)
 
 
 @pytest.fixture(scope="session")

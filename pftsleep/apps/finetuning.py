@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'read_labels', 'labelled_weeks', 'split_people', 'fit_scale', 'examples_of', 'judged', 'check_baselines',
-           'learners_of', 'survey_name', 'guarded', 'encoder_for', 'finetune', 'cycle_weeks', 'train_pat',
-           'finetune_pat']
+           'learners_of', 'guarded', 'encoder_for', 'finetune', 'cycle_weeks', 'train_pat', 'finetune_pat']
 
 # %% ../../nbs/apps/10_finetuning.ipynb #dfc8f8bf
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +29,7 @@ from ..files import write_whole
 from ..models.pat import pat_config
 from ..models.transformer import Encoder, PatchTransformer
 from ..training import finetune as tuning
-from ..training.finetune import Examples, FinetuneConfig, Learner, TaskModel, curve_summary, guard_benchmark, label_curve, plain_scaler, pretrained_on, stratified_split
+from ..training.finetune import Examples, FinetuneConfig, Learner, TaskModel, curve_summary, guard_benchmark, label_curve, plain_scaler, pretrained_on, stratified_split, survey_name
 from ..training.masked_weeks import WeeksConfig, pretrain_weeks
 from ..training.runs import seeded, weights_hash
 
@@ -164,13 +162,6 @@ def _boosting(weeks: Sequence[Week]) -> Learner:
     return tuning.estimator(tuning.boosting, lambda e: table.loc[list(e.ids)], "boosting")
 
 # %% ../../nbs/apps/10_finetuning.ipynb #97610015
-def survey_name(
-    cohort: str | None, # of a week, such as 'nhanes-2013-14'
-) -> str: # such as 'NHANES 2013-2014'; other cohorts as they are
-    "As the provenance of weights calls a survey."
-    m = re.fullmatch(r"nhanes-(\d\d)(\d\d)-(\d\d)", cohort or "")
-    return f"NHANES {m[1]}{m[2]}-{m[1]}{m[3]}" if m else cohort or ""
-
 def guarded(
     encoder: Encoder,
     weeks: Iterable[Week], # whose labels are used
@@ -179,9 +170,7 @@ def guarded(
 ) -> str: # the cohorts
     "Raise `ConfigError` when the encoder was pretrained on one of these cohorts, or nobody knows on whom."
     names = [cohort] if cohort else sorted({survey_name(w.cohort) for w in weeks} - {""}) or [""]
-    for name in names if benchmark else []:
-        guard_benchmark(encoder, name)
-        if name.lower() == "nhanes" and any(seen.startswith("NHANES") for seen in pretrained_on(encoder) or ()): raise ConfigError("these weights were pretrained on some years of NHANES, and the weeks don't say of which years they are", remedy="say --cohort 'NHANES 2005-2006', or don't call it a benchmark")
+    for name in names if benchmark else []: guard_benchmark(encoder, name)
     return ", ".join(names)
 
 def encoder_for(
