@@ -31,7 +31,7 @@ setup(
         "Programming Language :: Python :: 3.13",
     ],
     packages=find_packages(include=["pftsleep", "pftsleep.*"]),
-    package_data={"pftsleep": ["py.typed"]},
+    package_data={"pftsleep": ["py.typed", "apps/web/*", "apps/web/**/*"]}, # the pages that `pftsleep serve` shows are files beside the code
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PFTSleepError', 'ReadError', 'EDFError', 'HypnogramError', 'AlignmentError', 'ChannelError', 'SignalError',
-           'StoreError', 'SplitError', 'ConfigError', 'ModelError', 'DownloadError']
+           'StoreError', 'SplitError', 'ConfigError', 'ModelError', 'DownloadError', 'RequestError']
 
 # %% ../nbs/00_errors.ipynb #8f83eead
 from pathlib import Path
@@ -37,3 +37,18 @@ class SplitError(PFTSleepError): "A split leaks subjects or asks for the impossi
 class ConfigError(PFTSleepError): "Settings that contradict each other or the data."
 class ModelError(PFTSleepError): "Weights that don't fit their configuration, or a model that doesn't fit its input."
 class DownloadError(PFTSleepError): "A file can't be fetched: not allowed, not there, or damaged on its way."
+
+# %% ../nbs/00_errors.ipynb #6ea4936d
+class RequestError(PFTSleepError):
+    "A request that is refused, and why, for people and for programs."
+    def __init__(self,
+        problem: str, # what is wrong, as a sentence; no value that was sent
+        code: str, # for programs, such as 'not_finite'; stays the same when the sentence changes
+        status: int = 422, # of HTTP
+        where: str | None = None, # which part of the request, such as 'values[17]'
+        remedy: str | None = None, # what the caller can do
+        retry_after: float | None = None, # s, when to try again; for 429 and 503
+    ):
+        super().__init__(problem, where, None, remedy)
+        self.args = (problem, code, status, where, remedy, retry_after)
+        self.code, self.status, self.where, self.retry_after = code, status, where, retry_after

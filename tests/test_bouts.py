@@ -42,7 +42,7 @@ def test_a_stream_is_the_same_as_one_piece(tmp_path):
     with h5py.File(one) as a, h5py.File(many) as b:
         np.testing.assert_array_equal(a["acc"], b["acc"])
         assert a["gaps/acc"][()].tolist() == b["gaps/acc"][()].tolist() == [[999, 1001], [7000, 7001]]
-        assert b["acc"].chunks == (1024, 3) and b["acc"].compression == "lzf" and b["acc"].dtype == "float32"
+        assert b["acc"].chunks == (512, 3) and b["acc"].compression == "lzf" and b["acc"].dtype == "float32"
 
 
 def test_nothing_half_written(tmp_path):

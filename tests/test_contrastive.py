@@ -1,6 +1,7 @@
 """Contrastive objectives, their training and retrieval: the original's recorded values, naive oracles, two processes, and runs that can be continued."""
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,10 +17,14 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
+from pftsleep.data import datasets
+from pftsleep.data.datasets import MultiModalDataset, WindowDataset, _open, opened
 from pftsleep.data.recording import Recording, array_channel
 from pftsleep.data.samplers import step_generator
-from pftsleep.data.signals import Recipe
+from pftsleep.data.signals import Recipe, apply_recipe
+from pftsleep.data.simulate import simulate_hypnogram, simulate_night
 from pftsleep.data.splits import make_split
 from pftsleep.data.store import create_store
 from pftsleep.errors import ConfigError, ModelError
@@ -416,3 +421,33 @@ def test_the_blockwise_loss_needs_memory_for_a_block_only():
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ncontrastive_loss(e, t).backward()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert int(done.stdout) < 130_000 # KiB
+
+
+# recordings stay open
+
+def _in_a_child(store, out): out.put([opened(store, "n0") is opened(store, "n0"), len(_open[store][1])])
+
+def test_recordings_stay_open_each_process_its_own(tmp_path, monkeypatch):
+    "Clips don't open their night again; the least used goes first; a forked child and a spawned one begin anew, and read the same."
+    store = create_store(tmp_path / "s", Recipe("small", rate=16.))
+    for i in range(3):
+        h = simulate_hypnogram(.05, np.random.default_rng(i))
+        store.add(apply_recipe(replace(simulate_night(h, {"EEG": 16., "EMG": 16.}, seed=i, id=f"n{i}", subject=f"s{i}"), hypnogram=h), Recipe("small", rate=16.)))
+    store.sync()
+    asked = []
+    read = type(store).__getitem__
+    monkeypatch.setattr(type(store), "__getitem__", lambda self, id: asked.append(id) or read(self, id))
+    ids = ["n0", "n1", "n2"]
+    windows, both = WindowDataset(store, ids, ["EEG"], 1), MultiModalDataset(store, ids, dict(a=("EEG",), b=("EMG",)))
+    plain = [windows[k]["x"] for k in range(len(windows))]
+    for k in range(len(both)): assert torch.equal(both[k]["a"]["x"], plain[k])
+    assert asked == ids
+    for method in ("fork", "spawn"):
+        loader = DataLoader(windows, 1, num_workers=1, multiprocessing_context=method)
+        assert all(torch.equal(b["x"][0], x) for b, x in zip(loader, plain, strict=True))
+    process = multiprocessing.get_context("fork").Process(target=_in_a_child, args=(store, out := multiprocessing.get_context("fork").SimpleQueue()))
+    process.start(); process.join(60)
+    assert out.get() == [True, 1] and len(_open[store][1]) == 3
+    monkeypatch.setattr(datasets, "_KEPT", 2)
+    for i in ids: opened(store, i)
+    assert list(_open[store][1]) == ["n1", "n2"]

@@ -12,6 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pftsleep.apps.embedding import load_encoder
+from pftsleep.data.signals import Recipe, apply_recipe
+from pftsleep.data.simulate import simulate_hypnogram, simulate_night
 from pftsleep.errors import ConfigError, ModelError
 from pftsleep.models.clinical_heads import (
     ClinicalStaging,
@@ -20,16 +23,22 @@ from pftsleep.models.clinical_heads import (
     DiagnosisConfig,
     PersonConfig,
     PersonOnly,
+    SignalDiagnosis,
+    SignalDiagnosisConfig,
     clinical_diagnosis,
     clinical_staging,
     demographics,
     is_clinical_diagnosis,
     is_clinical_staging,
 )
+from pftsleep.models.heads import LinearProbe
 from pftsleep.models.set_transformer import Layer, Pooling, SetConfig, SetTransformer, is_sleepfm_clinical, sleepfm_clinical
 from pftsleep.models.sleepfm import PUBLISHED_CHANNELS, KeptNorm, SleepFMConfig, SleepFMEncoder, SupervisedCNN, is_sleepfm_2024, sleepfm_2024
-from pftsleep.models.transformer import Tokens, n_parameters
+from pftsleep.models.stager import Stager, load_stager, save_stager, weights_hash
+from pftsleep.models.transformer import PatchTransformer, Tokens, load_any, n_parameters
 from pftsleep.models.weights import load_published
+from pftsleep.training.embedding_probe import load_encoders, random_encoders
+from pftsleep.training.finetune import TaskHead, TaskHeadConfig, TaskModel, load_task, save_task
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "sleepfm"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared/fixtures is not here")
@@ -480,3 +489,65 @@ def test_a_probe_reads_rows_and_not_channels():
     with torch.no_grad():
         tokens = encoder.encode(torch.randn(1, 3, 2 * 7680, generator=torch.Generator().manual_seed(0)))
         assert LinearProbe.of(encoder).eval()(tokens).shape == Head.of(encoder).eval()(tokens).shape == (1, 2, 5)
+
+
+# ---- what is around the encoders ----
+
+@needs_fixtures
+def test_the_published_file_as_a_set_of_encoders(files):
+    "All three modalities of best.pt, in the original's order, each as `load_published` gives it; their random siblings are others."
+    found = load_encoders(files / "sleepfm2024_best.pt")
+    assert {m: e.config.channels for m, e in found.items()} == PUBLISHED_CHANNELS and list(found) == list(PUBLISHED_CHANNELS)
+    z = reference("sleepfm2024_io.npz")
+    with torch.no_grad():
+        for m in ("respiratory", "ekg"): assert apart(found[m](z[f"{m}_x"]), z[f"{m}_y"]) < 1e-4
+        assert apart(random_encoders(found)["ekg"](z["ekg_x"]), z["ekg_y"]) > .1
+
+
+@pytest.mark.parametrize("kind", ["2024", "clinical"])
+def test_a_stager_around_sleepfm_is_saved_and_stages_a_night(tmp_path, kind):
+    "Its folder says which encoder is in it; the night may lack a channel."
+    channels, rate = ("C3-M2", "E1-M2", "ECG"), 64.
+    config = SleepFMConfig(channels, rate, round(30 * rate), d_model=16) if kind == "2024" else SetConfig(channels, ("BAS", "BAS", "EKG"), rate, round(5 * rate), d_model=16, n_layers=1, n_heads=2, pooling_heads=2, d_ff=32)
+    recipe = Recipe.default(channels, rate)
+    encoder = shaken({"2024": SleepFMEncoder, "clinical": SetTransformer}[kind](config, recipe.to_dict()))
+    stager = Stager(encoder, LinearProbe.of(encoder), recipe, dict(trained="not at all"))
+    back = load_stager(save_stager(stager, tmp_path / "stager"))
+    assert type(back.encoder) is type(encoder) and weights_hash(back) == weights_hash(stager)
+    h = simulate_hypnogram(.1, np.random.default_rng(0))
+    night = apply_recipe(simulate_night(h, dict.fromkeys(channels, 128.), seed=1, id="n"), recipe)
+    staged = back.stage(night)
+    assert len(staged) == len(h) and (staged.stages >= 0).all() and np.allclose(staged.probabilities, stager.eval().stage(night).probabilities, atol=1e-6)
+    poor = replace(night, channels={n: night[n] for n in channels[:2]})
+    assert np.isfinite(back.stage(poor, allow_missing=True).probabilities).all()
+    with pytest.raises(ModelError, match="no channel ECG"): back.stage(poor)
+    assert type(load_encoder(tmp_path / "stager")) is type(encoder)
+
+
+def test_a_folder_names_its_class(tmp_path):
+    "Ours only, and an encoder where one is wanted."
+    encoder = SleepFMEncoder(SleepFMConfig(("ECG",), 64., 1920, d_model=8))
+    task = TaskModel(encoder, TaskHead(TaskHeadConfig(8)))
+    save_task(task.eval(), tmp_path / "task")
+    assert type(load_task(tmp_path / "task").encoder) is type(load_any(tmp_path / "task" / "encoder")) is SleepFMEncoder
+    with pytest.raises(ModelError, match="holds no PatchTransformer"): load_task(tmp_path / "task", PatchTransformer)
+    about = json.loads((path := tmp_path / "task" / "encoder" / "config.json").read_text())
+    for wrong in ("os.system", "Pretrain", 7, None):
+        path.write_text(json.dumps(about | {"class": wrong}))
+        with pytest.raises(ModelError, match="doesn't know"): load_any(path.parent)
+    for text in ("[]", "{}", "", "[" * 10**5):
+        path.write_text(text)
+        with pytest.raises(ModelError, match="can't be read"): load_any(path.parent)
+
+
+def test_the_baseline_from_signals():
+    "The published count; and neither padding nor a missing channel, whatever is stored there, changes a hazard. It can be trained."
+    assert n_parameters(SignalDiagnosis(SignalDiagnosisConfig())) == 1_050_449
+    m = shaken(SignalDiagnosis(SignalDiagnosisConfig(("C3-M2", "ECG", "Thorax"), n_labels=4, d_model=16, hidden=8, d_ff=32, rate=32., n_demographics=0)))
+    x, pad = rand(2, 3, 160 * 7), torch.zeros(2, 3, 160 * 7, dtype=torch.bool)
+    pad[1, :, 160 * 4:] = pad[1, 2] = True
+    with torch.no_grad(): assert apart(m(x, pad)[1:], m(x.masked_fill(pad, 99.)[1:, :, :160 * 4], pad[1:, :, :160 * 4])) < 1e-5
+    m.train()(x, pad).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters() if p.requires_grad)
+    for wrong in (dict(upstream=True), dict(rate=0.), dict(rate=33.3)):
+        with pytest.raises(ConfigError): SignalDiagnosisConfig(**wrong)

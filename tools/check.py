@@ -61,7 +61,7 @@ def fast_jobs(logs: Path) -> list[Job]:
     ]
 
 
-LONG = {"jobs": 300, "docs_site": 130, "journey": 85, "convert": 67, "cinc_pipeline": 64, "contrastive": 42, "finetune_cli": 40, "embed": 38, "store": 38, "training": 37, "fuzz": 37} # s; the others take about 10
+LONG = {"jobs": 110, "docs_site": 130, "journey": 85, "convert": 67, "cinc_pipeline": 64, "contrastive": 42, "finetune_cli": 40, "embed": 38, "store": 38, "training": 37, "fuzz": 37} # s; the others take about 10
 
 
 def halves() -> list[list[str]]:

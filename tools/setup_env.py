@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = Path(os.environ.get("VENV", ROOT / ".venv")).resolve()
 BIN = VENV / "bin"
 REQUIREMENTS = ["settings.ini", "constraints.txt", "setup.py", "pyproject.toml"] # what decides which packages there are
-EXTRAS = "train,psg,wear,survival,scale,track,docs,dev"
+EXTRAS = "train,psg,wear,survival,scale,track,serve,export,yasa,hub,docs,dev"
 
 
 def fingerprint() -> str:

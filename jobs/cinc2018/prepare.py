@@ -15,10 +15,11 @@ def prepare(
     split: Literal["quoted", "drawn"] = "quoted", # 'quoted': the records that the authors are quoted with; 'drawn': by their rule, from sorted ids
     test: int = 100, # people in the test part, where the split is drawn
     recipe: Literal["sleepfm_2024", "sleepfm_2024_corrected"] = "sleepfm_2024_corrected", # the first is what the published weights read; ours are better trained on the second
+    need_all: bool = True, # false: quoted records that the store lacks are left out, for a part of the challenge
     workers: int | None = None, # worker processes; one per core if not given
 ) -> None:
     "A split as a file, and prepared signals."
-    with executor_of(workers, None) as executor: print(prepare_cinc(store, target, Path(out), split, test, recipe, executor))
+    with executor_of(workers, None) as executor: print(prepare_cinc(store, target, Path(out), split, test, recipe, executor, need_all))
 
 
 if __name__ == "__main__":

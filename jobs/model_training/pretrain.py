@@ -1,4 +1,4 @@
-"""Pretrain the animal-activity model on prepared windows: `python jobs/model_training/pretrain.py --config jobs/model_training/pretrain.yaml`."""
+"""Pretrain the animal-activity model on prepared windows, or on segments drawn from HDF5 bouts (--datasets): `python jobs/model_training/pretrain.py --config jobs/model_training/pretrain.yaml`."""
 import sys
 
 from jsonargparse import ArgumentParser

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,24 +49,14 @@ from ..data.weeks import Week, WeekRule, cut_weeks, to_minutes
 from ..errors import ChannelError, ConfigError, ModelError, PFTSleepError, ReadError, SignalError, StoreError
 from ..files import write_whole
 from ..models.stager import weights_hash
-from ..models.transformer import Encoder, Pretrained, Tokens
+from ..models.transformer import Encoder, Tokens, load_any
 from ..models.weights import load_published
 
 # %% ../../nbs/apps/09_embedding.ipynb #96673614
-def _classes() -> dict[str, type[Pretrained]]:
-    "Everything that `save_pretrained` may have written, by name."
-    for module in ("pat", "sleepfm", "set_transformer"): import_module(f"pftsleep.models.{module}")
-    return {c.__name__: c for c in _below(Pretrained)}
-
-def _below(c: type[Pretrained]) -> list[type[Pretrained]]: return [c, *(d for s in c.__subclasses__() for d in _below(s))]
-
 def _from_folder(folder: Path) -> Encoder:
     inside = next((f for f in (folder, *(folder / d for d in ("encoder", "model/encoder", "stager/encoder"))) if (f / "config.json").is_file()), None)
     if inside is None: raise ModelError("no encoder here", path=folder, remedy="give a folder that `pftsleep pretrain`, `probe` or `finetune` wrote, or the file of published weights")
-    try: name = json.loads((inside / "config.json").read_bytes())["class"]
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ModelError(f"config.json can't be read: {e}", path=inside, remedy="copy the folder again") from e
-    if (kind := _classes().get(str(name))) is None: raise ModelError(f"holds a {str(name)[:60]}, which this version doesn't know", path=inside, remedy="update pftsleep, or check the folder")
-    encoder = _encoder_in(kind.from_pretrained(inside), inside)
+    encoder = _encoder_in(load_any(inside), inside)
     for beside, key in (("task.json", "scaler"), ("stager.json", "recipe")): # what the encoder itself may not know
         file = inside.parent / beside
         if not file.is_file(): continue

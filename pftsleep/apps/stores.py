@@ -137,7 +137,7 @@ def executor_of(
     else: yield None
 
 def recipe_of(
-    kind: str, # 'default', or the name of another recipe: 'native', 'pftsleep', 'pftsleep_corrected'
+    kind: str, # 'default', or the name of another recipe: 'native'; 'pftsleep', 'sleepfm_2024', 'sleepfm_clinical', each of these three also with '_corrected'
     channels: list[str] | None, # names, roles or kinds; None = all
     rate: float, # Hz
     model: str | None, # folder of a stager, whose recipe goes before everything else
@@ -146,13 +146,14 @@ def recipe_of(
     if model:
         from pftsleep.models.stager import load_stager # a command without a model shouldn't wait for torch
         return load_stager(model).recipe
-    return Recipe.default(channels, rate) if kind == "default" else {"native": Recipe.native, "pftsleep": Recipe.pftsleep, "pftsleep_corrected": Recipe.pftsleep_corrected}[kind](channels)
+    if kind == "default": return Recipe.default(channels, rate)
+    return {r.__name__: r for r in (Recipe.native, Recipe.pftsleep, Recipe.pftsleep_corrected, Recipe.sleepfm_2024, Recipe.sleepfm_2024_corrected, Recipe.sleepfm_clinical, Recipe.sleepfm_clinical_corrected)}[kind](channels)
 
 # %% ../../nbs/apps/08_stores.ipynb #9c909528
 def prepare(
     source: str, # an archive: a store that was converted with the recipe `native`
     target: str, # folder of the new store; continued when it is there
-    recipe: Literal["default", "pftsleep", "pftsleep_corrected"] = "default", # how signals become model input
+    recipe: Literal["default", "pftsleep", "pftsleep_corrected", "sleepfm_2024", "sleepfm_2024_corrected", "sleepfm_clinical", "sleepfm_clinical_corrected"] = "default", # how signals become model input
     channels: list[str] | None = None, # names, roles or kinds to keep, in this order, e.g. "EEG central,EOG left,ECG"; all physiological ones if not given
     rate: float = 100., # sampling rate of every channel, Hz
     model: str | None = None, # folder of a stager: use its recipe in place of `channels` and `rate`

@@ -45,7 +45,7 @@ def bout_name(
     return BoutName(m[1], int(m[2]), int(m[3])) if m else None
 
 # %% ../../nbs/data/40_bouts.ipynb #58aeda55
-_CHUNK, _WIDTH, _FORMAT = 1024, 64, "pftsleep-bouts/1" # samples in a chunk (some ten seconds: what is drawn at a time), bytes of a label
+_CHUNK, _WIDTH, _FORMAT = 512, 64, "pftsleep-bouts/1" # samples in a chunk (half of what is drawn at a time: less is unpacked in vain than with longer ones), bytes of a label
 UNKNOWN = "unknown" # the label of what nobody labelled
 _MISSING = ("", "nan", "none", "unknown")
 

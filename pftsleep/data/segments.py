@@ -97,6 +97,7 @@ class Source:
     subject: str # the animal's key
     dataset: str # name of its folder
     mtime: int # ns; a file that changed is no longer the one that was looked at
+    subject_known: bool = True # False where the subject is the recording, since its source doesn't tell animals apart
 
     @property
     def recording(self) -> str: return Path(self.path).stem
@@ -150,7 +151,7 @@ def _sources_of(b: Bout, rule: SegmentRule, unit: str | None) -> Iterator[Source
             for c in range(0, s.axes, 3):
                 gaps = s.gaps if b.ours else _found_gaps(d, c, zeros)
                 yield Source(str(b.path), s.key, c, s.axes, b.info.fs, _factor(s, unit, rule, b.path), s.n_samples, _stretches(s.n_samples, gaps, rule.bridge * b.info.fs), zeros,
-                    d.id.get_offset() if plain else None, d.dtype.str, b.subject, b.path.parent.name, b.path.stat().st_mtime_ns)
+                    d.id.get_offset() if plain else None, d.dtype.str, b.subject, b.path.parent.name, b.path.stat().st_mtime_ns, b.info.subject_known)
 
 def find_sources(
     folder: str | Path, # of one data set
@@ -270,6 +271,8 @@ class Segments:
     def subjects(self) -> np.ndarray: return np.array([s.subject for s in self.sources])[self.source] # [N] str: what stays on one side of a split
     @property
     def recordings(self) -> np.ndarray: return np.array([f"{s.recording}/{s.key}" for s in self.sources])[self.source] # [N] str
+    @property
+    def subjects_known(self) -> bool: return all(s.subject_known for s in self.sources) # whether the subjects are animals
     def counts(self) -> dict[str, int]: # by class
         "Segments of each class."
         return {n: int((self.label == k).sum()) for k, n in enumerate(self.names)}
@@ -388,6 +391,10 @@ class Pretraining:
         out = Segments(self.sources, self.rule, source.astype("int32"), start.astype("int64"), np.full(len(source), -1, "int16"), notes=self.notes)
         return out.take(rng.permutation(len(out))) if part == "train" else out
 
+    @property
+    def about(self) -> dict: # plain data: the rule, whose recordings each part has, the report, the notes
+        who = {p: sorted({f"{s.dataset}/{s.subject}" for s, q in zip(self.sources, self.part, strict=True) if q == p}) for p in ("train", "val")}
+        return dict(rule=asdict(self.rule), random_seed=self.seed, subjects=who, report=self.report.to_dict("records"), notes=self.notes)
     @property
     def train(self) -> Segments: return self.segments("train")
     @property
@@ -521,8 +528,7 @@ def export_pretraining(
     "Writes both parts as arrays. Raises `StoreError` where the disk refuses."
     out = _folder(output_folder)
     for part in ("train", "val"): _stream(out / f"X_{part}.npy", pretraining.segments(part))
-    who = {p: sorted({f"{s.dataset}/{s.subject}" for s, q in zip(pretraining.sources, pretraining.part, strict=True) if q == p}) for p in ("train", "val")}
-    write_whole(out / "preparation.json", json.dumps(dict(rule=asdict(pretraining.rule), random_seed=pretraining.seed, subjects=who, report=pretraining.report.to_dict("records"), notes=pretraining.notes), indent=1).encode())
+    write_whole(out / "preparation.json", json.dumps(pretraining.about, indent=1).encode())
     return out
 
 def export_finetuning(
@@ -540,7 +546,7 @@ def export_finetuning(
             _stream(to / f"X_{part}.npy", segments.take(index))
             _save(to / f"y_{part}.npy", words[segments.label[index]])
             _save(to / f"subjects_{part}.npy", segments.subjects[index])
-    about = dict(rule=asdict(segments.rule), classes=segments.names, counts=segments.counts(), folds=len(parts), windows=[] if report is None else report.to_dict("records"), notes=segments.notes)
+    about = dict(rule=asdict(segments.rule), classes=segments.names, counts=segments.counts(), folds=len(parts), subjects_known=segments.subjects_known, windows=[] if report is None else report.to_dict("records"), notes=segments.notes)
     write_whole(out / "preparation.json", json.dumps(about, indent=1).encode())
     return out
 

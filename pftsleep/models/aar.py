@@ -79,6 +79,11 @@ class BoutAutoencoder(Pretrained):
         "All patches as it imagines them, from those that aren't hidden."
         return self.decoder(self.encoder.run(self.encoder.embed(patches.masked_fill(masked[..., None], 0)), pad))
 
+    def fill_in(self, patches: Tensor, pad: Tensor | None, masked: Tensor) -> Tensor: # as `forward` -> [K,P]
+        "As `forward`, but only the K hidden patches: the last block and the decoder are spared the others."
+        if not isinstance(self.decoder.decoder, nn.Linear): return self(patches, pad, masked)[masked]
+        return self.decoder(self.encoder.run(self.encoder.embed(patches.masked_fill(masked[..., None], 0)), pad, only=masked.flatten().nonzero()[:, 0]))
+
     def encode(self, x: Tensor, pad: Tensor | None = None) -> Tokens: return self.encoder.encode(x, pad)
     def reconstruct(self, tokens: Tensor) -> Tensor: return self.decoder(tokens) # [B,M,N,D] -> [B,M,N,P]
 

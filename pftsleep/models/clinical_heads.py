@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OLDEST', 'read_both_ways', 'ClinicalStagingConfig', 'ClinicalStaging', 'demographics', 'DiagnosisConfig', 'Diagnosis',
-           'PersonConfig', 'PersonOnly', 'is_clinical_diagnosis', 'is_clinical_staging', 'clinical_staging',
-           'clinical_diagnosis']
+           'PersonConfig', 'PersonOnly', 'SignalDiagnosisConfig', 'SignalDiagnosis', 'is_clinical_diagnosis',
+           'is_clinical_staging', 'clinical_staging', 'clinical_diagnosis']
 
 # %% ../../nbs/models/10_clinical_heads.ipynb #4d7f5e16
 import re
@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..errors import ConfigError, ModelError
 from .heads import epoch_tokens
-from .set_transformer import MODALITIES, Layers, Pooling, Positions, _layers_of, heads_of
+from .set_transformer import MODALITIES, Layers, Pooling, Positions, SetConfig, Tokenizer, _layers_of, heads_of
 from .sleepfm import fitted, unprefixed
-from .transformer import Pretrained, Tokens
+from .transformer import Pretrained, Tokens, _filled
 
 # %% ../../nbs/models/10_clinical_heads.ipynb #4ee969ae
 def read_both_ways(
@@ -212,6 +212,43 @@ class PersonOnly(Pretrained):
     def forward(self, person: Tensor) -> Tensor: # [B,4] -> [B,K]
         "Log hazards. Raises `ModelError` for numbers that are not coded from 0 to 1."
         return self.disease_heads(self.demo_embedding(_checked_person(self.config.n_demographics, person, len(person))))
+
+# %% ../../nbs/models/10_clinical_heads.ipynb #83771553
+@dataclass(frozen=True)
+class SignalDiagnosisConfig(DiagnosisConfig):
+    "The settings of a `SignalDiagnosis`."
+    rate: float = 128. # sampling rate, Hz
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.upstream: raise ConfigError("there is no published file of this model", remedy="upstream=False")
+        if self.rate <= 0 or self.patch < 1 or abs(self.patch - self.rate * self.seconds_per_token) > 1e-6: raise ConfigError(f"{self.seconds_per_token:g} s are {self.rate * self.seconds_per_token:g} samples", remedy="a whole number")
+
+    @property
+    def patch(self) -> int: return round(self.rate * self.seconds_per_token) # samples in a token
+
+# %% ../../nbs/models/10_clinical_heads.ipynb #da7712c1
+class SignalDiagnosis(Pretrained):
+    "The supervised baseline: from signals to log hazards, end to end."
+    config_class = SignalDiagnosisConfig
+    def __init__(self,
+        config: SignalDiagnosisConfig,
+        recipe: dict | None = None, # how the signals were prepared; plain data
+    ):
+        super().__init__(config, recipe)
+        self.patch_embedding, self.head = Tokenizer(SetConfig(config.channels, rate=config.rate, patch=config.patch, d_model=config.d_model)), Diagnosis(config)
+        del self.head.layer_norm, self.head.positional_encoding # which a published head has and doesn't use
+
+    def forward(self, x: Tensor, pad: Tensor | None = None, demographics: Tensor | None = None) -> Tensor: # [B,C,T] signals; [B,T] or [B,C,T] True = padding; as `Diagnosis` -> [B,K]
+        "Log hazards. Raises `ModelError` as `Diagnosis` does, and for signals of other channels."
+        c = self.config
+        if x.ndim != 3 or x.shape[1] != len(c.channels) or not x.shape[2]: raise ModelError(f"signals have shape {tuple(x.shape)}", remedy=f"pass [recordings, {len(c.channels)} channels, samples]: {', '.join(c.channels)}")
+        x, pad = _filled(x, None if pad is None else (pad[:, None] if pad.ndim == 2 else pad).expand(x.shape), c.patch)
+        patches = (x if pad is None else x.masked_fill(pad, 0)).unflatten(-1, (-1, c.patch))
+        hidden = patches.new_zeros(patches.shape[:3], dtype=torch.bool) if pad is None else pad.unflatten(-1, (-1, c.patch)).all(-1)
+        known = self.patch_embedding(patches[~hidden])
+        tokens = known.new_zeros(*hidden.shape, c.d_model).index_put(tuple((~hidden).nonzero().T), known)
+        return self.head(tokens, hidden, demographics)
 
 # %% ../../nbs/models/10_clinical_heads.ipynb #55334930
 def _clinical(tree: Any, pattern: str) -> bool:

@@ -69,23 +69,26 @@ class SetConfig:
         if rate != self.rate: raise ModelError(f"fed {rate:g} Hz", remedy=f"this model needs {self.rate:g} Hz")
 
 # %% ../../nbs/models/09_set_transformer.ipynb #ad286494
-_ROWS = 16 # rows from which torch takes its fast convolutions, whatever the number of threads
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
-def _map(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: # [M,N,i], [o,i], [o] -> [M,N,o]
-    "A linear map."
-    n, plain = x.shape[0] * x.shape[1], torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if plain or n < _ROWS: return F.linear(x, weight, bias)
-    wide = next(w for w in range(min(64, n // _ROWS), 0, -1) if n % w == 0) # tokens in a row
-    rows = x.reshape(n // wide, wide, x.shape[2]).mT[:, :, None]
-    return F.conv2d(rows, weight[:, :, None, None].contiguous(memory_format=torch.channels_last), bias)[:, :, 0].mT.reshape(*x.shape[:2], len(weight))
+def _map(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor: # [M,N,i], [o,i], [o] -> [M,N,o]
+    "A linear map; with `relu`, what of it is above zero."
+    other = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if not other and _ONEDNN is not None and x.numel(): return _ONEDNN(x, weight, bias, "relu" if relu else "none", [], "")
+    y = F.linear(x, weight, bias)
+    return F.relu(y, inplace=True) if relu else y
 
 # %% ../../nbs/models/09_set_transformer.ipynb #36677545
-def _elu(x: Tensor) -> Tensor:
-    "As `F.elu`, within 1e-7."
-    return torch.maximum(x, x.clamp(max=0).mul_(1 / math.log(2)).exp2_().sub_(1))
+_SLOPE = 1 / math.log(2)
+_LIFT = math.log2(_SLOPE)
+
+def _elu_(y: Tensor) -> Tensor: # any shape: `_SLOPE * z + _LIFT`, which is changed -> `_SLOPE * elu(z) + _LIFT`
+    "ELU of scaled values, as exact as `F.elu`."
+    power = torch.exp2(y).sub_(_SLOPE - _LIFT)
+    return torch.minimum(power, y.clamp_(min=_LIFT), out=power)
 
 # %% ../../nbs/models/09_set_transformer.ipynb #cd9c067d
-_FILTERS, _PATCHES, _GROUP = (1, 4, 8, 16, 32, 64, 128), 128, 8 # channels between the convolutions; patches at once; places of the first convolution in one product
+_FILTERS, _PATCHES, _GROUP = (1, 4, 8, 16, 32, 64, 128), 256, 4 # channels between the convolutions; patches at once; places of the first convolution that are worked on as one
 
 class Tokenizer(nn.Module):
     "Patches to tokens: [n,P] -> [n,D]."
@@ -108,31 +111,31 @@ class Tokenizer(nn.Module):
 
 # %% ../../nbs/models/09_set_transformer.ipynb #d96cd208
 def _folded(conv: Any, norm: Any, _: nn.Module, scale: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]: # weight [o,i,1,5] and bias of the convolution, scale and offset [L,o] of the layer norm
-    by = norm.weight / (norm.running_var + norm.eps).sqrt()
+    by = norm.weight / (norm.running_var + norm.eps).sqrt() * _SLOPE
     weight = (conv.weight * by[:, None, None])[:, :, None].contiguous(memory_format=torch.channels_last)
-    return weight, (conv.bias - norm.running_mean) * by + norm.bias, scale.weight.T.contiguous(), scale.bias.T.contiguous()
+    return weight, (conv.bias - norm.running_mean) * by + norm.bias * _SLOPE + _LIFT, scale.weight.T.contiguous(), scale.bias.T.contiguous()
 
-def _banded(step: tuple) -> tuple[Tensor, Tensor]: # [2*8+3, 8*4], [8*4]
-    "The first convolution at eight neighbouring places as one matrix: with one channel in, that is faster than a convolution."
+def _banded(step: tuple) -> tuple[Tensor, Tensor]: # [4*4,8,1,3], [4*4]
+    "The first convolution at four neighbouring places as one, of eight samples as if they were channels: with a single one in, a convolution is slow."
     weight, bias = step[0][:, 0, 0], step[1]
-    band = weight.new_zeros(2 * _GROUP + 3, _GROUP, len(bias))
-    for g in range(_GROUP): band[2 * g:2 * g + 5, g] = weight.T
-    return band.flatten(1), bias.repeat(_GROUP)
+    band = weight.new_zeros(_GROUP, len(bias), 6 * _GROUP) # of the samples of three groups
+    for g in range(_GROUP): band[g, :, 2 * (_GROUP + g) - 2:2 * (_GROUP + g) + 3] = weight
+    return band.flatten(0, 1).unflatten(1, (3, -1)).mT[:, :, None].contiguous(memory_format=torch.channels_last), bias.repeat(_GROUP)
 
 # %% ../../nbs/models/09_set_transformer.ipynb #41a72d5b
 def _tokenised(x: Tensor, steps: list, first: tuple | None) -> Tensor: # [n,P] -> [n,128], the mean of the last layer
     "Signals lie in memory as [n,L,o] all the way."
     for i, (weight, bias, scale, offset) in enumerate(steps):
-        if i == 0 and first is not None: x = torch.addmm(first[1], F.pad(x, (2, 2)).unfold(1, len(first[0]), 2 * _GROUP).flatten(0, 1), first[0]).view(len(x), *scale.shape)
+        if i == 0 and first is not None: x = F.conv2d(x.unflatten(1, (-1, 2 * _GROUP)).mT[:, :, None], first[0], first[1], padding=(0, 1))[:, :, 0].mT.reshape(len(x), *scale.shape)
         else: x = F.conv2d(x[:, None, None] if i == 0 else x.mT[:, :, None], weight, bias, (1, 2), (0, 2))[:, :, 0].mT
-        x = F.layer_norm(_elu(x), scale.shape, scale, offset)
+        x = F.layer_norm(_elu_(x), scale.shape, scale, offset, 1e-5 * _SLOPE**2) # as far from zero as the values
     return x.mean(1)
 
 # %% ../../nbs/models/09_set_transformer.ipynb #e8ef1796
 class _SelfAttention(nn.Module):
     def __init__(self, d: int, n_heads: int, dropout: float):
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
+        self.n_heads, self.drop_weights = n_heads, nn.Dropout(dropout) if dropout else None
         self.in_proj_weight, self.in_proj_bias, self.out_proj = nn.Parameter(torch.empty(3 * d, d)), nn.Parameter(torch.zeros(3 * d)), nn.Linear(d, d)
         nn.init.xavier_uniform_(self.in_proj_weight); nn.init.zeros_(self.out_proj.bias)
 
@@ -141,7 +144,7 @@ class _SelfAttention(nn.Module):
         q = q * q.shape[-1]**-.5
         if shift is not None: # one more feature: 1 of the query times the shift of the key
             q, k = torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, shift[:, None, :, None].expand(*k.shape[:3], 1).to(k.dtype)], -1)
-        out, _ = attend(q, k, v, pad, dropout=self.dropout if self.training else 0.)
+        out, _ = attend(q, k, v, pad, drop=self.drop_weights if self.training else None)
         return _map(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
 # %% ../../nbs/models/09_set_transformer.ipynb #0a6ce2de
@@ -159,7 +162,7 @@ class Layer(nn.Module):
         self.linear1, self.linear2, self.norm1, self.norm2 = nn.Linear(d, d_ff), nn.Linear(d_ff, d), nn.LayerNorm(d), nn.LayerNorm(d)
 
     def _feed(self, x: Tensor) -> Tensor:
-        x = F.relu(_map(x, self.linear1.weight, self.linear1.bias), inplace=True)
+        x = _map(x, self.linear1.weight, self.linear1.bias, relu=True)
         return self.drop(_map(self.drop(x), self.linear2.weight, self.linear2.bias))
 
     def forward(self, x: Tensor, pad: Tensor | None = None, shift: Tensor | None = None) -> Tensor: # [M,N,D]; [M,N] True = hidden from the others; [M,N] added to scores
@@ -184,11 +187,12 @@ class Pooling(nn.Module):
 
     def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor: # [M,N,D] sets; [M,N] True = not there -> [M,D]
         if self.skip_one and x.shape[1] == 1: return x[:, 0]
-        if len(x) > _SETS and not torch.is_grad_enabled(): return torch.cat([self(x[i:i + _SETS], None if pad is None else pad[i:i + _SETS]) for i in range(0, len(x), _SETS)])
+        some = max(1, _MEMBERS // x.shape[1])
+        if len(x) > some and not torch.is_grad_enabled(): return torch.cat([self(x[i:i + some], None if pad is None else pad[i:i + some]) for i in range(0, len(x), some)])
         x = self.transformer_layer(x, pad)
         return x.mean(1) if pad is None else x.masked_fill(pad[..., None], 0).sum(1) / (~pad).sum(1, keepdim=True).clamp(min=1)
 
-_SETS = 240 # pooled at once: what lies between the maps stays in the cache
+_MEMBERS = 1440 # of all sets that are pooled at once: what lies between the maps stays in the cache, and below 32 MB, from where the system takes memory back
 
 # %% ../../nbs/models/09_set_transformer.ipynb #b5e07952
 class Positions(nn.Module):
@@ -289,7 +293,7 @@ class SetTransformer(_SetParts):
 
     def _windows(self, x: Tensor, pad: Tensor | None) -> tuple[Tensor, Tensor]: # [B,C,T], [B,C,T], some windows -> [B,M,N,D], [B,M,N]
         c, b = self.config, len(x)
-        patches = (x if pad is None else x.masked_fill(pad, 0)).unflatten(-1, (-1, c.patch)) # [B,C,N,P]
+        patches = (x.contiguous() if pad is None else x.masked_fill(pad, 0)).unflatten(-1, (-1, c.patch)) # [B,C,N,P]
         if not torch.stack(patches.detach().aminmax()).isfinite().all(): raise ModelError("signals hold NaN or infinite samples", remedy="mark gaps as padding")
         hidden = patches.new_zeros(patches.shape[:3], dtype=torch.bool) if pad is None else pad.unflatten(-1, (-1, c.patch)).all(-1)
         tokens, of = self.tokenise(patches, hidden if bool(hidden.any()) else None), [[i for i, m in enumerate(c.modalities) if m == row] for row in c.rows]

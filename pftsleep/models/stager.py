@@ -22,14 +22,14 @@ from ..data.signals import Recipe
 from ..errors import ModelError, SignalError
 from .head_parts import Head, load_head
 from .heads import LinearProbe
-from .transformer import PatchTransformer
+from .transformer import Encoder, load_any
 from .weights import PublishedStager, load_published
 
 # %% ../../nbs/models/02_stager.ipynb #0828f051
 class Stager(nn.Module):
     "Signals in, stages out."
     def __init__(self,
-        encoder: PatchTransformer,
+        encoder: Encoder,
         head: LinearProbe | Head, # reads the encoder's tokens
         recipe: Recipe, # how its input has to be prepared
         provenance: Mapping | None = None, # what it was trained on, and how; plain data
@@ -109,7 +109,8 @@ def load_stager(
         "pft_sleep_classifier.ckpt from huggingface.co/benmfox/PFTSleep, which its authors give access to on request") from e
     except (ValueError, OSError) as e: raise ModelError(f"stager.json can't be read: {e}", path=folder, remedy=again) from e
     if not isinstance(facts, dict) or facts.get("format") != "pftsleep-stager/1": raise ModelError("stager.json has a format that is not one of this version", path=folder, remedy=again)
-    encoder, head = PatchTransformer.from_pretrained(folder / "encoder"), load_head(folder / "head")
+    encoder, head = load_any(folder / "encoder"), load_head(folder / "head")
+    if not isinstance(encoder, Encoder): raise ModelError(f"holds a {type(encoder).__name__} in place of an encoder", path=folder, remedy=again)
     if encoder.config.rows != head.config.channels: raise ModelError("encoder and head were made for different channels", path=folder, remedy=again)
     try: return Stager(encoder, head, Recipe.from_dict(facts["recipe"]), facts["provenance"]).eval()
     except (KeyError, TypeError) as e: raise ModelError(f"stager.json lacks {e}", path=folder, remedy=again) from e

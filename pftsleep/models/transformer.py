@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PatchConfig', 'InstanceNorm', 'ChannelLinear', 'ConvEmbedding', 'PatchFilters', 'angles', 'sines', 'sines_tf',
-           'positions_of', 'rotate', 'attend', 'attend_by_rows', 'by_rows', 'Attention', 'LayerNorm', 'BatchNorm',
-           'Block', 'Pretrained', 'n_parameters', 'Tokens', 'Encoder', 'Layered', 'PatchTransformer', 'Reconstruction']
+           'positions_of', 'rotate', 'Dropout', 'attend', 'attend_by_rows', 'by_rows', 'Attention', 'LayerNorm',
+           'BatchNorm', 'Block', 'Pretrained', 'load_any', 'n_parameters', 'Tokens', 'Encoder', 'Layered',
+           'PatchTransformer', 'Reconstruction']
 
 # %% ../../nbs/models/00_transformer.ipynb #a25cbbb9
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -222,24 +224,34 @@ def rotate(
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 # %% ../../nbs/models/00_transformer.ipynb #c29f440b
+class Dropout(nn.Dropout):
+    "Dropout with 16 random bits for each value on a processor, a fifth of what torch's costs there; the rate is exact to 1/65536, and so is the scale that goes with it. Elsewhere torch's own."
+    def forward(self, x: Tensor) -> Tensor: # any shape, twice
+        dropped = round(self.p * 2**16)
+        if not self.training or not 0 < dropped < 2**16 or x.device.type != "cpu": return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
+        return x * torch.ge(bits, dropped - 2**15, out=torch.empty(x.shape, dtype=x.dtype)).mul_(2**16 / (2**16 - dropped))
+
+# %% ../../nbs/models/00_transformer.ipynb #44883348
 def attend(
     q: Tensor, # [M,H,N,W] queries, scale included
     k: Tensor, # [M,H,N,W]
     v: Tensor, # [M,H,N,V], V <= W
     pad: Tensor | None = None, # [M,N] True = key hidden
     return_attention: bool = False, # also the N x N weights of every head, which have to be stored then
-    dropout: float = 0., # share of the weights that are dropped
+    dropout: float = 0., # share of the weights that are dropped, by torch
+    drop: nn.Module | None = None, # drops them instead
 ) -> tuple[Tensor, Tensor | None]: # [M,H,N,V], and [M,H,N,N] or None
     "Softmax attention. Rows without any visible key are exact zeros, gradients included."
     visible = empty = None
     if pad is not None:
         empty = pad.all(-1)[:, None, None, None]
         visible = ~pad[:, None, None] | empty # a row must see something, or gradients are NaN; `empty` rows are blanked below
-    if return_attention:
+    if return_attention or drop is not None:
         scores = q @ k.mT
         weights = (scores if visible is None else scores.masked_fill(~visible, -torch.inf)).softmax(-1)
         if empty is not None: weights = weights.masked_fill(empty, 0)
-        return F.dropout(weights, dropout) @ v, weights
+        return (F.dropout(weights, dropout) if drop is None else drop(weights)) @ v, weights if return_attention else None
     out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - v.shape[-1])), attn_mask=visible, dropout_p=dropout, scale=1.)[..., :v.shape[-1]]
     return out if empty is None else out.masked_fill(empty, 0), None
 
@@ -285,9 +297,9 @@ class Attention(nn.Module):
         if c.head_width: self.register_buffer("scale", scale, persistent=False)
         else: self.scale = nn.Parameter(scale, requires_grad=False) # stored, since a published file of PFTSleep may hold another value
         self.drop = nn.Dropout(c.dropout if c.upstream and c.dropout_at == "everywhere" else 0.) # the original PFTSleep drops here and once more in the block
-        self.dropped = c.dropout if c.dropout_at == "layers" else 0. # share of the weights, in training
+        self.drop_weights = Dropout(c.dropout) if c.dropout_at == "layers" else None
 
-    def forward(self, x, pad=None, angle=None, past=None, return_attention=False): # [M,N,D], [M,N], rotary angles, what the layer before handed on
+    def forward(self, x, pad=None, angle=None, past=None, return_attention=False, only=None): # [M,N,D], [M,N], rotary angles, what the layer before handed on, numbers of the tokens that are asked for
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         q, weights = q * self.scale, None
         if angle is not None: q, k = rotate(q, angle), rotate(k, angle)
@@ -299,8 +311,11 @@ class Attention(nn.Module):
             layers = [*(past or ()), (q, k)]
             past = layers if self.residual else None
             if self.residual: q, k = (torch.cat(z, -1) for z in zip(*layers, strict=True))
-            out, weights = attend(q, k, v, pad, return_attention, self.dropped if self.training else 0.)
-        return self.drop(self.out(out.transpose(1, 2).flatten(2))), past, weights
+            out, weights = attend(q, k, v, pad, return_attention, drop=self.drop_weights if self.training else None)
+        return self.drop(self.out(_these(out.transpose(1, 2).flatten(2), only))), past, weights
+
+def _these(x: Tensor, only: Tensor | None) -> Tensor: # [M,N,D] -> [K,D], or as it is
+    return x if only is None else x.flatten(0, 1).index_select(0, only)
 
 # %% ../../nbs/models/00_transformer.ipynb #951f1427
 class LayerNorm(nn.LayerNorm):
@@ -324,17 +339,18 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm, self.upstream, act = c.pre_norm, c.upstream, {"gelu": nn.GELU, "relu": nn.ReLU}[c.activation]
         self.norm1, self.attention, self.norm2 = _norm(c), Attention(c), _norm(c)
-        self.feed_forward = nn.Sequential(nn.Linear(c.d_model, c.d_ff), act(), nn.Dropout(c.dropout if c.dropout_at != "branches" else 0.), nn.Linear(c.d_ff, c.d_model))
-        self.drop = nn.Dropout(c.dropout)
+        dropout = Dropout if c.dropout_at == "layers" else nn.Dropout
+        self.feed_forward = nn.Sequential(nn.Linear(c.d_model, c.d_ff), act(), dropout(c.dropout if c.dropout_at != "branches" else 0.), nn.Linear(c.d_ff, c.d_model))
+        self.drop = dropout(c.dropout)
         self.frugal: bool = False # set by `PatchTransformer.frugal`
 
     def _part(self, module, *args): # not the norms, whose statistics would be updated twice
         return checkpoint(module, *args, use_reentrant=False) if self.frugal and torch.is_grad_enabled() else module(*args)
 
-    def forward(self, x, pad=None, angle=None, past=None, return_attention=False): # as `Attention`
+    def forward(self, x, pad=None, angle=None, past=None, return_attention=False, only=None): # as `Attention`
         ignored = None if self.upstream else pad # by the statistics of a batch norm
-        out, past, weights = self._part(self.attention, self.norm1(x, ignored) if self.pre_norm else x, pad, angle, past, return_attention)
-        x = x + self.drop(out)
+        out, past, weights = self._part(self.attention, self.norm1(x, ignored) if self.pre_norm else x, pad, angle, past, return_attention, only)
+        x = _these(x, only) + self.drop(out)
         if self.pre_norm: return x + self.drop(self._part(self.feed_forward, self.norm2(x, ignored))), past, weights
         x = self.norm1(x, ignored)
         return self.norm2(x + self.drop(self._part(self.feed_forward, x)), ignored), past, weights
@@ -385,6 +401,22 @@ class Pretrained(nn.Module):
         except (KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as e: raise ModelError(f"weights and settings don't fit: {e}", path=folder) from e
         return model.eval()
 
+# %% ../../nbs/models/00_transformer.ipynb #ddca1cf0
+_HOMES = "pat", "sleepfm", "set_transformer", "aar" # modules of this package with encoders in them
+
+def load_any(
+    folder: str | Path, # written by `save_pretrained`
+) -> Pretrained: # in eval mode, on the CPU
+    "Whatever a folder holds. Raises `ModelError` for a class that isn't one of ours, and as `from_pretrained` does."
+    try: name = str(json.loads((path := Path(folder) / "config.json").read_bytes())["class"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e: raise ModelError(f"can't be read: {e}", path=path, remedy="give a folder that `save_pretrained` wrote, or copy it again") from e
+    for home in _HOMES: import_module(f"pftsleep.models.{home}")
+    kind = next((c for c in _below(Pretrained) if c.__name__ == name), None)
+    if kind is None: raise ModelError(f"holds a {name[:60]}, which this version doesn't know", path=folder, remedy="update pftsleep, or check the folder")
+    return kind.from_pretrained(folder)
+
+def _below(c: type[Pretrained]) -> list[type[Pretrained]]: return [c, *(d for s in c.__subclasses__() for d in _below(s))]
+
 # %% ../../nbs/models/00_transformer.ipynb #ec6e15d3
 def n_parameters(
     module: nn.Module, # encoder, head, or any part of one
@@ -423,11 +455,12 @@ class Layered(Encoder):
             if isinstance(block, Block): block.frugal = on
         return self
 
-    def _layers(self, x, hidden, angle, return_attention=False): # [M,N,D], [M,N], as `angles`
-        past, maps = None, []
+    def _layers(self, x, hidden, angle, return_attention=False, only=None): # [M,N,D], [M,N], as `angles`, [K]
+        past, maps, few = None, [], self.blocks[-1] if only is not None and len(self.blocks) and self.config.norm == "layer" else None # a batch norm looks at all
         for block in self.blocks:
-            x, past, weights = block(x, hidden, angle, past, return_attention)
+            x, past, weights = block(x, hidden, angle, past, return_attention, only if block is few else None)
             maps.append(weights)
+        if only is not None: x, hidden = x if few is not None else _these(x, only), None if hidden is None else hidden.flatten()[only]
         if self.norm is not None: x = self.norm(x, None if self.config.upstream else hidden)
         return (x if hidden is None or self.config.upstream else x.masked_fill(hidden[..., None], 0)), maps
 
@@ -472,13 +505,15 @@ class PatchTransformer(Layered):
         pad: Tensor | None = None, # [B,C,N] True = hidden from the others
         positions: Tensor | None = None, # [N] or [B,C,N] places in the recording, where they are not 0, 1, 2, ...; rotary needs them
         return_attention: bool = False, # also the weights [B,C,H,N,N] of each layer
-    ): # [B,C,N,D], or a pair of that and the list of weights
+        only: Tensor | None = None, # [K] numbers of the tokens whose results are wanted, counted over recordings, channels and patches; the last block is spared the others
+    ): # [B,C,N,D], or a pair of that and the list of weights; [K,D] with `only`
         "The transformer layers. Tokens that are padding come out as zeros (except `upstream`)."
         (b, ch, n, _), angle = tokens.shape, None
         x, hidden = tokens.flatten(0, 1), None if pad is None else pad.flatten(0, 1)
         if self.config.position == "rotary":
             places = torch.arange(n, device=x.device) if positions is None else positions if positions.ndim == 1 else positions.flatten(0, 1)[:, None]
             angle = angles(places, self.config.width)
+        if only is not None: return self._layers(x, hidden, angle, only=only)[0]
         if return_attention or not by_rows(self, x): x, maps = self._layers(x, hidden, angle, return_attention)
         else: # some channels after the other, since they don't attend to one another
             parts, some = [slice(i, i + max(1, 4096 // n)) for i in range(0, len(x), max(1, 4096 // n))], lambda z, part: z if z is None or z.ndim == 2 else z[part]

@@ -32,7 +32,7 @@ from ..evaluation.plots import figure_png
 from ..files import write_whole
 from ..models.aar import BoutAutoencoder, BoutClassifier, BoutClassifierConfig, BoutCNN, BoutCNNConfig, hide, published_tensors, reconstruction_loss, stretched
 from ..models.transformer import PatchConfig, PatchTransformer, n_parameters
-from .finetune import LongConfig, Watch, _go_on, _keep, finished
+from .finetune import LongConfig, Watch, finished, load_progress, save_progress
 from .runs import finish_run, seeded, start_run, weights_hash
 
 # %% ../../nbs/training/12_bouts.ipynb #a322a863
@@ -80,6 +80,9 @@ class Part:
     "Some of the bouts, by number."
     whole: Drawn
     rows: np.ndarray # [n] int, into `whole`
+    unlabelled: np.ndarray | None = None # [m] int, others of the same side, which may be looked at, but whose labels may not
+    @property
+    def with_unlabelled(self) -> "Part": return self if self.unlabelled is None else Part(self.whole, np.concatenate([self.rows, self.unlabelled])) # for what needs no label
     @property
     def names(self) -> tuple[str, ...]: return self.whole.names
     @property
@@ -129,7 +132,7 @@ def optimise(
 ) -> pd.DataFrame: # one row per epoch: epoch, rate, train_loss, and the figures; `attrs`: best, best_epoch
     "AdamW until the epochs or the patience end; the model ends with its best weights, in eval mode. Raises `ConfigError` if a loss is NaN."
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.learning_rate, betas, eps, config.weight_decay)
-    best, w, curve = _go_on(Path(file), model, optimiser) or ({}, Watch(config.learning_rate, 1 if watch[1] == "max" else -1), [])
+    best, w, curve = load_progress(Path(file), model, optimiser) or ({}, Watch(config.learning_rate, 1 if watch[1] == "max" else -1), [])
     saved, new = time.monotonic(), False
     while len(curve) < config.epochs and w.wait < config.patience:
         epoch, new = len(curve), True
@@ -137,8 +140,8 @@ def optimise(
         with torch.no_grad(): figures = dict(judge(epoch))
         if w.look(float(figures[watch[0]]), epoch, config): best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         curve.append(dict(epoch=epoch, rate=rate, train_loss=loss, **figures))
-        if time.monotonic() - saved > _SAVE_SECONDS: _keep(Path(file), model, optimiser, best, w, curve); saved, new = time.monotonic(), False
-    if new: _keep(Path(file), model, optimiser, best, w, curve)
+        if time.monotonic() - saved > _SAVE_SECONDS: save_progress(Path(file), model, optimiser, best, w, curve); saved, new = time.monotonic(), False
+    if new: save_progress(Path(file), model, optimiser, best, w, curve)
     model.load_state_dict(best)
     table = pd.DataFrame(curve)
     table.attrs = dict(best=w.best, best_epoch=w.best_epoch)
@@ -207,10 +210,12 @@ def filling_losses(
     patches, hidden, real = model.cut(x, pad)
     masked = hide(torch.rand(patches.shape[:3], generator=generator).to(x.device), config.masking_ratio, hidden)
     totals = (real & masked[..., None]).sum(), (real & ~masked[..., None]).sum()
-    at_once = max(1, config.at_once * 3 // x.shape[1])
+    at_once, weight = max(1, config.at_once * 3 // x.shape[1]), config.unmasked_loss_weight
     for r in torch.arange(len(x), device=x.device).split(at_once):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"): guess = model(patches[r], None if hidden is None else hidden[r], masked[r])
-        yield reconstruction_loss(guess.float(), patches[r], masked[r], real[r], config.unmasked_loss_weight, totals)
+        p, k, m, seen = patches[r], None if hidden is None else hidden[r], masked[r], real[r]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"): guess = model(p, k, m) if weight else model.fill_in(p, k, m)
+        if not weight: p, seen, m = p[m], seen[m], m[m] # what wasn't hidden counts nothing
+        yield reconstruction_loss(guess.float(), p, m, seen, weight, totals)
 
 # %% ../../nbs/training/12_bouts.ipynb #c9a95c82
 def picture(

@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from ..data.segments import open_arrays
+from ..data.segments import Pretraining, SegmentRule, open_arrays, pretraining_segments
 from ..data.signals import content_hash
 from ..errors import ConfigError, SplitError
 from ..files import write_whole
@@ -56,7 +57,7 @@ def subjects_known(
     bouts: Drawn,
 ) -> bool:
     "Whether the subjects are animals. Files of a source that doesn't tell animals apart have their own names instead."
-    return bouts.subjects is not None and not any("doesn't tell animals apart" in n for n in getattr(bouts, "notes", ()))
+    return bouts.subjects is not None and getattr(bouts.whole if isinstance(bouts, Part) else bouts, "subjects_known", True)
 
 def _parts(label: np.ndarray, who: np.ndarray, n: int, seed: int, single: bool):
     counts = np.bincount(label)
@@ -88,11 +89,11 @@ def few_shot(
         raise ConfigError("holds numbers of other bouts", path=file, remedy="delete it, and others are drawn")
     return found.astype("int64")
 
-def _few(label: np.ndarray, train: np.ndarray, select: np.ndarray, n: int | None, seed: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    "At most `n` of each class in both parts: whoever has few labels to learn from has no more to choose the epoch by."
-    if n is None: return train, select
+def _few(whole: Drawn, label: np.ndarray, train: np.ndarray, select: np.ndarray, n: int | None, seed: int, folder: Path) -> tuple[Part, Part]:
+    "At most `n` of each class in both parts: whoever has few labels to learn from has no more to choose the epoch by. The others stay as `unlabelled`."
+    if n is None: return Part(whole, train), Part(whole, select)
     kept = [rows[few_shot(label[rows], n, seed, folder / f"subsample_indices_{n}_{seed}{name}.npy")] for rows, name in ((train, ""), (select, "_select"))]
-    return kept[0], kept[1]
+    return Part(whole, kept[0], np.setdiff1d(train, kept[0])), Part(whole, kept[1], np.setdiff1d(select, kept[1]))
 
 def _save(file: Path, values: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,9 +190,10 @@ def pretraining(
     pretrain: PretrainBouts = PretrainBouts(),
     config: TuneBouts = TuneBouts(),
 ) -> BoutLearner:
-    "Pretrain on the learning part of the fold, labels unseen, then fine-tune: nothing of the reported part is ever looked at."
+    "Pretrain on the learning part of the fold, labels unseen and with few labels all of it, then fine-tune: nothing of the reported part is ever looked at."
     def learn(train: Drawn, select: Drawn, out: Path, seed: int):
-        base = pretrain_bouts(encoder, train, select, out / "pretrained", replace(pretrain, seed=seed))
+        seen = [p.with_unlabelled if isinstance(p, Part) else p for p in (train, select)]
+        base = pretrain_bouts(encoder, seen[0], seen[1], out / "pretrained", replace(pretrain, seed=seed))
         model = tune_bouts(base, train, select, out, replace(config, seed=seed))
         return lambda bouts: say(model, bouts)
     learn.facts = dict(pretrain=asdict(pretrain), config=asdict(config), encoder=asdict(encoder)) # type: ignore[attr-defined]
@@ -272,8 +274,8 @@ def _judged(bouts: Drawn, f: NestedFold, name: str, learn: BoutLearner, out: Pat
     true, pred, done = folder / f"y_true_fold_{f.number}.npy", folder / f"y_pred_fold_{f.number}.npy", folder / "fold.json"
     if done.exists() and json.loads(done.read_text()) != facts: raise ConfigError("this fold was judged with other bouts or settings", path=folder, remedy="use a new folder, or delete this one")
     if not done.exists():
-        train, select = _few(label := np.asarray(bouts.label), f.train, f.select, max_samples, seed, out / f"fold_{f.number}")
-        predict = learn(Part(bouts, train), Part(bouts, select), folder, seed)
+        train, select = _few(bouts, label := np.asarray(bouts.label), f.train, f.select, max_samples, seed, out / f"fold_{f.number}")
+        predict = learn(train, select, folder, seed)
         _save(pred, predict(Part(bouts, f.test)).argmax(1).astype("int64"))
         _save(true, label[f.test].astype("int64"))
         write_whole(done, json.dumps(facts, indent=1).encode())
@@ -301,7 +303,7 @@ def run_folder(
 
 # %% ../../nbs/training/13_cross_validation.ipynb #1b44fd9e
 def pretrain_arrays(
-    data_path: str, # folder with X_train.npy and X_val.npy
+    data_path: str, # folder with X_train.npy and X_val.npy, or that of the `datasets`
     output_dir: str, # each run gets a folder in it, named by the time
     batch_size: int = 512, # windows in a step
     epochs: int = 200, # the most
@@ -319,17 +321,38 @@ def pretrain_arrays(
     seed: int = 578, # of weights, order, masks and dropout
     precision: str = "32", # or 'bf16'
     device: str = "cpu", # or 'cuda'
+    datasets: list[str] | None = None, # folders of HDF5 bouts in data_path; segments are drawn from them when they are needed, other ones in each epoch. None = arrays
+    train_ratio: float = .5, # of datasets: share of the animals of each that learns
+    max_dataset_imbalance: float = 4., # of datasets: at most this times as much from the largest as from the smallest
+    oversampling_factor: float = 5., # of datasets: times the duration of the smallest that is drawn from it in an epoch
+    segment_duration: float = 10., # of datasets: s
+    max_window_length: int = 1000, # of datasets: samples; shorter segments are padded
+    rate: float | None = None, # of datasets: Hz, of all segments; None = max_window_length / segment_duration
+    unit: str = "g", # of datasets: of all segments: g, m/s2, mg, or keep
+    gravity: str = "keep", # of datasets: or remove: the mean of each axis is taken away
+    shortest: float | None = None, # of datasets: s; recordings shorter than a segment, but not than this, are used too, padded
+    val_oversampling: float = 1., # of datasets: of validation
 ) -> Path: # folder of the run: model.pt, config.json, history.csv, encoder/, autoencoder/, filled_in_*.png
-    "Pretrain on prepared windows; the weights with the lowest validation loss are kept. Raises `ConfigError`, `ReadError`."
+    "Pretrain on prepared windows, or on segments drawn from files; the weights with the lowest validation loss are kept. Raises `ConfigError`, `ReadError`, `SplitError`."
     settings = dict(locals())
-    train, val = open_arrays(data_path, "train"), open_arrays(data_path, "val")
-    encoder = aar_config(d_embedding, n_layers, patch_size, embedding_type, train.x.shape[1], transformer_dropout, input_mode)
+    rule = SegmentRule(segment_duration, max_window_length, rate, unit, gravity, shortest=shortest)
+    files = pretraining_segments(data_path, datasets, rule, train_ratio, max_dataset_imbalance, oversampling_factor, seed, val_oversampling) if datasets else None
+    train, val, recipe, window = _drawn(files) if files else _opened(Path(data_path))
+    encoder = aar_config(d_embedding, n_layers, patch_size, embedding_type, window, transformer_dropout, input_mode, **dict(rate=files.rule.hz) if files else {})
     config = PretrainBouts(learning_rate=noam_factor, batch_size=batch_size, epochs=epochs, patience=patience, masking_ratio=masking_ratio, unmasked_loss_weight=unmasked_loss_weight,
         warmup_steps=warmup_steps, seed=seed, precision=precision, device=device) # type: ignore[arg-type]
     out = run_folder(output_dir, settings)
-    pretrain_bouts(encoder, train, val, out, config, _preparation(Path(data_path)).get("rule"))
+    pretrain_bouts(encoder, train, val, out, config, recipe)
+    if files: write_whole(out / "preparation.json", json.dumps(files.about, indent=1).encode())
     write_whole(out / "config.json", json.dumps(settings, indent=1).encode())
     return out
+
+def _drawn(files: Pretraining) -> tuple[Callable[[int], Drawn], Drawn, dict, int]: # training by epoch, validation, rule, samples
+    return partial(files.segments, "train"), files.val, json.loads(json.dumps(asdict(files.rule))), files.rule.window
+
+def _opened(folder: Path) -> tuple[Drawn, Drawn, dict | None, int]: # as `_drawn`
+    train = open_arrays(folder, "train")
+    return train, open_arrays(folder, "val"), _preparation(folder).get("rule"), train.x.shape[1]
 
 def _preparation(folder: Path) -> dict:
     "How the windows were cut, where that was written down."
@@ -373,7 +396,7 @@ def finetune_arrays(
     folds = sorted(int(p.name[5:]) for p in Path(data_path).glob("fold_*") if p.name[5:].isdigit()) if all_folds else [fold]
     out = run_folder(output_dir, settings)
     found = [_published_fold(Path(data_path), k, learn, out, seed, max_samples, n_classes) for k in folds]
-    _report(found, out, not any("doesn't tell animals apart" in n for n in _preparation(Path(data_path)).get("notes", ())))
+    _report(found, out, _preparation(Path(data_path)).get("subjects_known", True))
     write_whole(out / "config.json", json.dumps(settings, indent=1).encode())
     return out
 
@@ -401,9 +424,9 @@ def _published_fold(data: Path, k: int, learn: BoutLearner, out: Path, seed: int
     n = min(5, len(rows) if who is None else len(np.unique(who[rows])))
     if n < 2: raise SplitError("the training part has one animal, so none can choose the epoch", path=data / f"fold_{k}", remedy="make fewer folds, or find more animals")
     a, b = _parts(label, np.arange(len(rows)) if who is None else who[rows], n, seed, who is None)[0]
-    a, b = _few(label, a, b, max_samples, seed, out / f"fold_{k}")
+    few, choose = _few(train, np.asarray(train.label), rows[a], rows[b], max_samples, seed, out / f"fold_{k}")
     judged, folder = np.flatnonzero(test.label >= 0), out / f"fold_{k}"
-    said = learn(Part(train, rows[a]), Part(train, rows[b]), folder, seed)(Part(test, judged)).argmax(1).astype("int64")
+    said = learn(few, choose, folder, seed)(Part(test, judged)).argmax(1).astype("int64")
     truth = test.label[judged].astype("int64")
     _save(folder / f"y_true_fold_{k}.npy", truth)
     _save(folder / f"y_pred_fold_{k}.npy", said)

@@ -42,8 +42,7 @@ from ..data.store import Store, open_store
 from ..errors import ConfigError, ModelError, StoreError
 from ..evaluation.sleep_stats import event_statistics
 from ..files import write_whole
-from ..models.sleepfm import SleepFMEncoder
-from ..models.transformer import Encoder, PatchTransformer
+from ..models.transformer import Encoder, load_any
 from ..models.weights import load_published
 from .runs import seeded, weights_hash
 
@@ -181,11 +180,9 @@ def load_encoders(
     return {p.name: _saved(p) for p in sorted(found, key=lambda p: (order.get(p.name, len(order)), p.name))}
 
 def _saved(folder: Path) -> Encoder:
-    try: name = json.loads((folder / "config.json").read_text())["class"]
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ModelError(f"its config.json can't be read: {e}", folder, remedy="give a folder that `save_pretrained` wrote") from e
-    kinds = {c.__name__: c for c in (PatchTransformer, SleepFMEncoder)}
-    if name not in kinds: raise ModelError(f"holds a {str(name)[:40]}", folder, remedy=f"known here are {', '.join(kinds)}")
-    return kinds[name].from_pretrained(folder)
+    encoder = load_any(folder)
+    if not isinstance(encoder, Encoder): raise ModelError(f"holds a {type(encoder).__name__}", folder, remedy="give a folder of encoders")
+    return encoder
 
 def random_encoders(
     encoders: Mapping[str, Encoder], # as they were trained
@@ -527,10 +524,11 @@ def prepare_cinc(
     test: int = 100, # people in the test part, where the split is drawn
     recipe: str = "sleepfm_2024_corrected", # or 'sleepfm_2024'
     executor: Executor | None = None, # who prepares; None = processes of this machine
+    need_all: bool = True, # False: quoted records that the store lacks are left out, for a part of the challenge
 ) -> Split:
     "Step 1: a split as a file, and a store for pretraining. Pretraining uses its parts 'pretrain' and 'val'. Raises `SplitError` as the splits do."
     native = open_store(store)
-    drawn = sleepfm_quoted_split(native.manifest) if split == "quoted" else sleepfm_split(native.manifest, test)
+    drawn = sleepfm_quoted_split(native.manifest, need_all) if split == "quoted" else sleepfm_split(native.manifest, test)
     out.mkdir(parents=True, exist_ok=True)
     drawn.save(out / "split.json")
     Split({"train": drawn.parts["pretrain"], "val": drawn.parts["val"]}, {i: s for i, s in drawn.subjects.items() if i in {*drawn.parts["pretrain"], *drawn.parts["val"]}}, drawn.seed).save(out / "pretraining_split.json")
@@ -573,5 +571,6 @@ def evaluate_cinc(
         try: known = known.merge(pd.read_csv(people, dtype={"subject": str}), "outer", "subject")
         except (OSError, ValueError, KeyError) as e: raise ConfigError(f"can't be read as a table of people: {e}", path=people, remedy="give a CSV file with a column 'subject'") from e
     done, left = evaluate_embeddings(embeddings, drawn, out, known, upstream, n_resamples=n_resamples, seed=seed)
+    if not done: raise ConfigError("no question can be asked: " + "; ".join(f"{q}: {why}" for q, why in left.items()), path=embeddings, remedy="embed more people")
     macro = pd.read_csv(done["stages"]).query("`class` == 'macro'").round(3) if "stages" in done else pd.DataFrame()
     return "\n".join([macro.to_string(index=False), f"tables: {', '.join(str(p) for p in done.values())}", *(f"{q}: {why}" for q, why in left.items())])

@@ -22,8 +22,8 @@ from ..errors import ConfigError
 from ..models.transformer import ChannelLinear, PatchConfig, PatchTransformer, n_parameters
 from .augmentations import MASKS, corrupt, hide, uniform, untouched
 from .losses import ErrorKind, Region, patch_loss, visible_weight
-from .objectives import block_mask, log_spectrum
-from .runs import LoopConfig, Training, finish_run, fit, seeded, start_run, weights_hash
+from .objectives import block_mask, log_spectrum, region_sums
+from .runs import LoopConfig, Training, finish_run, fit, global_mean, seeded, start_run, weights_hash
 
 # %% ../../nbs/training/02_pretrain.ipynb #0d36a587
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class MaskedPretraining(Training):
         self.decoder.bias.copy_((self.targets(patches) * keep).sum((0, 2)) / keep.sum((0, 2)).clamp(min=1))
     def batch_loss(self, batch: Mapping, generator: torch.Generator) -> Tensor:
         prediction, target, mask, hidden = self.predict(batch["x"], batch["pad"], generator)
-        return patch_loss(prediction, target, mask, hidden, self.config.kind, self.config.region)
+        counted = region_sums(mask[..., None].float(), mask, hidden, visible_weight(self.config.region))[1] # patches, each with its weight
+        return global_mean(patch_loss(prediction, target, mask, hidden, self.config.kind, self.config.region), counted)
 
 # %% ../../nbs/training/02_pretrain.ipynb #eeeaee84
 def drop_channels(
