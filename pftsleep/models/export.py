@@ -183,7 +183,10 @@ def _some_padding(batch: int, channels: int, length: int) -> Tensor: # [B,C,L]
 class EncoderGraph(Graph):
     "Signals to tokens, and their mean."
     outputs: tuple[str, ...] = ("tokens", "token_padding", "pooled")
-    def __init__(self, model: nn.Module, length: int): # as `Graph`
+    def __init__(self,
+        model: nn.Module, # as for `Graph`
+        length: int, # as for `Graph`
+    ):
         super().__init__(model, length)
         if isinstance(model, SetTransformer): self.outputs = (*self.outputs, "windows")
     def asked(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -196,7 +199,10 @@ class EncoderGraph(Graph):
 
 class AnswerGraph(Graph):
     "Signals to logits: an encoder with its head."
-    def __init__(self, model: nn.Module, length: int): # as `Graph`
+    def __init__(self,
+        model: nn.Module, # as for `Graph`
+        length: int, # as for `Graph`
+    ):
         super().__init__(model, length)
         self.head = _without_packing(self.model.head)
     def asked(self, *inputs: Tensor) -> tuple[Tensor, ...]: return (self.model(inputs[0], inputs[1] if isinstance(self.model.head, LinearProbe | Head) or len(self.channels) > 1 else inputs[1][:, 0]),)
@@ -221,7 +227,10 @@ class BoutGraph(Graph):
 class HeadGraph(Graph):
     "Tokens of an encoder to logits of epochs."
     inputs: tuple[str, ...] = ("tokens", "token_padding")
-    def __init__(self, model: nn.Module, length: int): # as `Graph`
+    def __init__(self,
+        model: nn.Module, # as for `Graph`
+        length: int, # as for `Graph`
+    ):
         super().__init__(model, length)
         self.head = _without_packing(model)
     def example(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -232,7 +241,10 @@ class HeadGraph(Graph):
 
 class ClinicalGraph(HeadGraph):
     "Tokens of the clinical encoder to logits of each token."
-    def __init__(self, model: nn.Module, length: int): # as `Graph`
+    def __init__(self,
+        model: nn.Module, # as for `Graph`
+        length: int, # as for `Graph`
+    ):
         super().__init__(model, length)
         self.rnn = BothWays(self.model.lstm)
     def asked(self, *inputs: Tensor) -> tuple[Tensor, ...]: return (self.model(*inputs),)
@@ -246,7 +258,10 @@ class ClinicalGraph(HeadGraph):
 class DiagnosisGraph(ClinicalGraph):
     "Tokens of a night, and perhaps facts about the person, to log hazards."
     outputs: tuple[str, ...] = ("log_hazards",)
-    def __init__(self, model: nn.Module, length: int): # as `Graph`
+    def __init__(self,
+        model: nn.Module, # as for `Graph`
+        length: int, # as for `Graph`
+    ):
         super().__init__(model, length)
         if self.config.n_demographics: self.inputs = ("tokens", "token_padding", "demographics")
     def example(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -135,7 +135,7 @@ def _tokenised(x: Tensor, steps: list, first: tuple | None) -> Tensor: # [n,P] -
 class _SelfAttention(nn.Module):
     def __init__(self, d: int, n_heads: int, dropout: float):
         super().__init__()
-        self.n_heads, self.drop_weights = n_heads, nn.Dropout(dropout) if dropout else None
+        self.n_heads, self.dropout = n_heads, dropout
         self.in_proj_weight, self.in_proj_bias, self.out_proj = nn.Parameter(torch.empty(3 * d, d)), nn.Parameter(torch.zeros(3 * d)), nn.Linear(d, d)
         nn.init.xavier_uniform_(self.in_proj_weight); nn.init.zeros_(self.out_proj.bias)
 
@@ -144,7 +144,7 @@ class _SelfAttention(nn.Module):
         q = q * q.shape[-1]**-.5
         if shift is not None: # one more feature: 1 of the query times the shift of the key
             q, k = torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, shift[:, None, :, None].expand(*k.shape[:3], 1).to(k.dtype)], -1)
-        out, _ = attend(q, k, v, pad, drop=self.drop_weights if self.training else None)
+        out, _ = attend(q, k, v, pad, dropout=self.dropout if self.training else 0.)
         return _map(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
 # %% ../../nbs/models/09_set_transformer.ipynb #0a6ce2de

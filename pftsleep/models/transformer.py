@@ -465,6 +465,12 @@ class Layered(Encoder):
         return (x if hidden is None or self.config.upstream else x.masked_fill(hidden[..., None], 0)), maps
 
 # %% ../../nbs/models/00_transformer.ipynb #dcea8f09
+def _turned(c: PatchConfig, n: int, positions: Tensor | None, device: torch.device) -> Tensor | None: # None for other kinds of positions
+    "By how much rotary positions turn each token."
+    if c.position != "rotary": return None
+    return angles(torch.arange(n, device=device) if positions is None else positions if positions.ndim == 1 else positions.flatten(0, 1)[:, None], c.width)
+
+# %% ../../nbs/models/00_transformer.ipynb #e4bb6ef6
 class PatchTransformer(Layered):
     "Signals to tokens, each channel by itself."
     config_class = PatchConfig
@@ -508,11 +514,9 @@ class PatchTransformer(Layered):
         only: Tensor | None = None, # [K] numbers of the tokens whose results are wanted, counted over recordings, channels and patches; the last block is spared the others
     ): # [B,C,N,D], or a pair of that and the list of weights; [K,D] with `only`
         "The transformer layers. Tokens that are padding come out as zeros (except `upstream`)."
-        (b, ch, n, _), angle = tokens.shape, None
+        b, ch, n, _ = tokens.shape
         x, hidden = tokens.flatten(0, 1), None if pad is None else pad.flatten(0, 1)
-        if self.config.position == "rotary":
-            places = torch.arange(n, device=x.device) if positions is None else positions if positions.ndim == 1 else positions.flatten(0, 1)[:, None]
-            angle = angles(places, self.config.width)
+        angle = _turned(self.config, n, positions, x.device)
         if only is not None: return self._layers(x, hidden, angle, only=only)[0]
         if return_attention or not by_rows(self, x): x, maps = self._layers(x, hidden, angle, return_attention)
         else: # some channels after the other, since they don't attend to one another

@@ -33,7 +33,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
@@ -132,16 +131,29 @@ def global_mean(
     return loss * (n * count / everywhere.clamp(min=torch.finfo(torch.double).tiny)).to(loss)
 
 # %% ../../nbs/training/01_runs.ipynb #64f8e647
+class _Sum(torch.autograd.Function):
+    "Sum over all processes, there and back."
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor: return _Sum.forward(ctx, grad.contiguous())
+
+def _all(x: Tensor) -> Tensor: return _Sum.apply(x)
+
+# %% ../../nbs/training/01_runs.ipynb #c4535e81
 def global_norm(
     rows: Tensor, # [n, D] the valid ones of this process, perhaps none
     norm: _BatchNorm, # whose running statistics go on
 ) -> Tensor: # [n, D] float32
     "Batch normalisation with the mean and variance of the rows of all processes; zeros where there are fewer than two."
     rows = rows.float()
-    count = all_reduce(rows.new_tensor(len(rows)))
+    count = _all(rows.new_tensor(len(rows)))
     if count < 2: return rows * 0
-    mean = all_reduce(rows.sum(0)) / count
-    var = all_reduce((rows - mean).square().sum(0)) / count
+    mean = _all(rows.sum(0)) / count
+    var = _all((rows - mean).square().sum(0)) / count
     if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         share = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.item()
@@ -200,7 +212,8 @@ class Training(L.LightningModule):
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True)
     def configure_model(self) -> None: # Lightning calls it with every strategy; only 'fsdp2' has a mesh
         if self.device_mesh is None: return
-        for m in [*(m for m in self.modules() if isinstance(m, Block)), self]: fully_shard(m, mesh=self.device_mesh["data_parallel"])
+        single = {p for p in self.parameters() if not (p.ndim or p.requires_grad)} # fixed numbers, which it refuses
+        for m in [*(m for m in self.modules() if isinstance(m, Block)), self]: fully_shard(m, mesh=self.device_mesh["data_parallel"], ignored_params=single)
         register_fsdp_forward_method(self, "batch_loss")
     def setup(self, stage: str) -> None: self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2} # FSDP will flatten them
     def configure_optimizers(self):
