@@ -110,16 +110,34 @@ class Api:
             out.append(_directive("data", name, module, body, 5))
         return "\n\n".join(["## Constants", *out]) if out else ""
 
-    def reference(self) -> str:
-        "A page with every public name in one line."
-        out = ["# Reference", "", "{.lead}", "Every public name, by module. Each links to the chapter that introduces it, shows it working and tests it.", ""]
+    def names_by_module(self) -> Iterator[tuple[str, str, list[str]]]: # page, module, names without it
+        "Every module that has public names, in the order of reading."
         for page, module in self.pages.items():
-            names = sorted((n for n in self.shown if n.startswith(module + ".")), key=str.lower)
-            if not names: continue
-            short = [n.removeprefix(module + ".") for n in names]
-            out += [f"## [{module.removeprefix('pftsleep.')}](/{page}.ipynb)", "", _markdown_table({
-                "Name": [f"{{py:obj}}`{s} <{n}>`" for s, n in zip(short, names, strict=True)],
-                "What it is": [_cell(self.link(_first_sentence(attrgetter(s)(self.modules[module])))) for s in short]}), ""]
+            if names := sorted((n.removeprefix(module + ".") for n in self.shown if n.startswith(module + ".")), key=str.lower): yield page, module, names
+
+    def reference(self) -> str:
+        "A page with every public name in one line, by wing."
+        out, wing = ["# Reference", "", "{.lead}", "Every public name, by wing and module. Each links to the chapter that introduces it, shows it working and tests it.", ""], ""
+        for page, module, names in self.names_by_module():
+            short = module.removeprefix("pftsleep.")
+            own = short.partition(".")[0].capitalize() if "." in short else "All wings"
+            if own != wing: out += [f"## {own}", ""]
+            wing = own
+            out += [f"### [{short}](/{page}.ipynb)", "", _markdown_table({
+                "Name": [f"{{py:obj}}`{n} <{module}.{n}>`" for n in names],
+                "What it is": [_cell(self.link(_first_sentence(attrgetter(n)(self.modules[module])))) for n in names]}), ""]
+        return "\n".join(out)
+
+    def outline(self) -> str:
+        "Signature and first sentence of every public name, as plain text."
+        out = []
+        for _, module, names in self.names_by_module():
+            out += [f"### {module}", ""]
+            for n in names:
+                obj = attrgetter(n)(self.modules[module])
+                callable_ = inspect.isroutine(obj) or (inspect.isclass(obj) and not issubclass(obj, enum.Enum))
+                out.append(f"- `{n}{_signature(inspect.unwrap(obj)) if callable_ else ''}`: {_first_sentence(obj)}")
+            out.append("")
         return "\n".join(out)
 
 

@@ -20,11 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import bench_page
+import yaml
 from api import Api
 from processed import NBS, WINGS, Chapter, chapters, split_directives
 
 DOCS = ROOT / "docs"
 CALLOUTS = {"note": "note", "tip": "tip", "important": "important", "warning": "warning", "caution": "caution"}
+GROUPS = yaml.safe_load((DOCS / "groups.yml").read_text()) # wing -> title of a group -> names of its pages
+PAGES = { # beside the notebooks: source -> what it is about
+    "benchmarks": "what everything takes: seconds, memory, ratios against the naive way, growth", "glossary": "the words of sleep research and of this library",
+    "cite": "how to cite this library, each original model, and data", "licences": "licences of weights and data, and what isn't known", "contributing": "from a clone to a changed notebook in ten minutes"}
 HIDING = {"echo": "remove-input", "output": "remove-output", "include": "remove-cell"} # `#| echo: false` as a tag of MyST-NB
 
 
@@ -63,6 +69,12 @@ def relative_links(source: str, chapter: Chapter, pages: dict[str, str]) -> str:
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s#]+\.ipynb)(#[^)\s]*)?", link, source)
 
 
+def repository_links(source: str, cfg: dict[str, str]) -> str:
+    "Links to files of the repository that the site has a page of."
+    blob = re.escape(f"{cfg['git_url']}/blob/{cfg['branch']}/")
+    return re.sub(rf"\]\({blob}(?:docs/({'|'.join(PAGES)})\.md|(CONTRIBUTING)\.md|(benchmarks))\)", lambda m: f"](/{(m[1] or m[2] or m[3]).lower()}.md)", source)
+
+
 def outside_code(source: str, change) -> str:
     "Applies `change` to the text between fenced code blocks."
     parts = re.split(r"(^```.*?^```[ \t]*$)", source, flags=re.M | re.S)
@@ -71,8 +83,9 @@ def outside_code(source: str, change) -> str:
 
 def page(chapter: Chapter, pages: dict[str, str], api: Api) -> dict:
     "A notebook for MyST-NB."
+    cfg = settings()
     def markdown(text: str) -> str:
-        text = callouts(heading_ids(relative_links(text, chapter, pages)))
+        text = callouts(heading_ids(repository_links(relative_links(text, chapter, pages), cfg)))
         if "{{<" in text: raise SystemExit(f"nbs/{chapter.path} has a Quarto shortcode, which the site can't show")
         return api.link(text)
 
@@ -107,10 +120,20 @@ def _quiet(output: dict) -> dict:
     return output
 
 
+def grouped(wing: str, own: list[Chapter]) -> dict[str, list[Chapter]]: # title of the group -> its chapters
+    "The chapters of a wing as docs/groups.yml has them; the others come last."
+    by_name = {Path(c.page).name: c for c in own}
+    groups = {title: [by_name.pop(n) for n in names if n in by_name] for title, names in GROUPS.get(wing, {}).items()}
+    return {title: found for title, found in [*groups.items(), ("More", list(by_name.values()))] if found}
+
+
 def wing_page(wing: str, own: list[Chapter]) -> str:
-    rows = "\n".join(f"| [{c.title}]({Path(c.page).name if '/' in c.page else '../' + c.page}.ipynb) | {c.description} |" for c in own)
-    tree = "\n".join("/" + c.page for c in own)
-    return f"# {wing.capitalize()}\n\n{{.lead}}\n{WINGS[wing]}\n\n| Chapter | What it is about |\n|:---|:---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
+    parts = [f"# {wing.capitalize()}", f"{{.lead}}\n{WINGS[wing]}"]
+    for title, found in grouped(wing, own).items():
+        rows = "\n".join(f"| [{c.title}](/{c.page}.ipynb) | {c.description} |" for c in found)
+        tree = "\n".join(f"/{c.page}" for c in found)
+        parts += [f"## {title}", f"| Chapter | What it is about |\n|:---|:---|\n{rows}", f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n{tree}\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def cards(found: list[Chapter]) -> str:
@@ -118,7 +141,7 @@ def cards(found: list[Chapter]) -> str:
     for wing, about in WINGS.items():
         own = [c for c in found if c.wing == wing and c.page != "index"]
         if not own: continue
-        names = ", ".join(c.title if c.title[:2].isupper() else c.title[0].lower() + c.title[1:] for c in own)
+        names = ", ".join(title if title[:2].isupper() else title[0].lower() + title[1:] for title in grouped(wing, own))
         out += [f":::{{grid-item-card}} {wing.capitalize()}", f":link: /{wing}/index", ":link-type: doc", "", about, "", "{.wing-chapters}", f"{names[0].upper()}{names[1:]}", ":::"]
     return "\n".join([*out, "::::"])
 
@@ -141,20 +164,27 @@ def write_sources(target: Path) -> list[Chapter]:
             (target / wing / "index.md").write_text(wing_page(wing, own))
     for picture in [p for p in NBS.rglob("*") if p.suffix in {".png", ".svg", ".jpg"}]:
         shutil.copy2(picture, target / picture.relative_to(NBS))
-    for name in ["conf.py", "_static", "glossary.md"]:
+    for name in ["conf.py", "_static", *(f"{name}.md" for name in PAGES if (DOCS / f"{name}.md").exists())]:
         source = DOCS / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, target / name)
     (target / "reference.md").write_text(api.reference())
     (target / "contributing.md").write_text(contributing(cfg))
+    (target / "benchmarks.md").write_text(bench_page.page(ROOT / "benchmarks" / "results"))
     (target / "llms.txt").write_text(llms(found, cfg))
+    (target / "llms-full.txt").write_text(llms_full(found, cfg, api))
     return found
 
 
 def landing(cells: list[dict], found: list[Chapter]) -> list[dict]:
-    "The start page: cards in place of the list of chapters, and the tree of pages."
-    wings = "\n".join(f"{w}/index" for w in WINGS if any(c.wing == w and c.page != "index" for c in found))
+    "The start page: the figure and what it shows at the side, cards in place of the list of chapters, and the tree of pages."
     for cell in cells: cell["source"] = cell["source"].replace("<!-- chapters -->", cards(found))
-    tree = f"```{{toctree}}\n:hidden:\n\n{wings}\nreference\nglossary\ncontributing\n```"
+    first = next(i for i, c in enumerate(cells) if any("image/png" in o.get("data", {}) for o in c.get("outputs", [])))
+    cells[first]["metadata"]["tags"].append("hero")
+    cells[first + 1]["source"] = f":::{{div}} hero-note\n{cells[first + 1]['source']}\n:::"
+    table = next(i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and c["source"].startswith("| You are"))
+    cells[table]["source"] = f":::{{div}} readers\n{cells[table]['source'].partition(chr(10) * 2)[0]}\n:::\n\n{cells[table]['source'].partition(chr(10) * 2)[2]}"
+    wings = "\n".join(f"{w}/index" for w in sorted(WINGS, key=lambda w: w != "tutorials") if any(c.wing == w and c.page != "index" for c in found)) # a newcomer begins there
+    tree = f"```{{toctree}}\n:hidden:\n\n{wings}\nreference\n{chr(10).join(PAGES)}\n```"
     return [*cells, dict(cell_type="markdown", metadata={}, source=tree, id="pages")]
 
 
@@ -165,12 +195,24 @@ def contributing(cfg: dict[str, str]) -> str:
 
 
 def llms(found: list[Chapter], cfg: dict[str, str]) -> str:
-    "The site as a list for language models (llmstxt.org)."
-    lines = [f"# {cfg['title']}", "", f"> {cfg['description']}", ""]
-    for wing in WINGS:
-        if own := [c for c in found if c.wing == wing and c.page != "index"]:
-            lines += [f"## {wing.capitalize()}", "", *(f"- [{c.title}]({cfg['site']}/{c.page}.html): {c.description}" for c in own), ""]
-    return "\n".join([*lines, "## Optional", "", f"- [Every public name]({cfg['site']}/reference.html)", f"- [Glossary]({cfg['site']}/glossary.html)", ""])
+    "The site as a list for language models (llmstxt.org): what it is, the commands, every page with a line about it."
+    lines = [f"# {cfg['title']}", "", f"> {cfg['description']}", "", "Nights (polysomnography), weeks (actigraphy) and bouts (raw acceleration) in one data model. Needs Python 3.11 or newer. Research only; no medical device.", "",
+        "## Commands", "", "- `pip install '.[train]'` in a clone: the library with what training needs", *(f"- `pftsleep {name}`: {about}" for name, about in commands().items()), ""]
+    for wing in sorted(WINGS, key=lambda w: w != "tutorials"):
+        own = [c for c in found if c.wing == wing and c.page != "index"]
+        if own: lines += [f"## {wing.capitalize()}", "", *(f"- [{c.title}]({cfg['site']}/{c.page}.html): {c.description}" for group in grouped(wing, own).values() for c in group), ""]
+    more = {"reference": "every public name in one line", **PAGES}
+    return "\n".join([*lines, "## Optional", "", *(f"- [{name.capitalize()}]({cfg['site']}/{name}.html): {about}" for name, about in more.items()), f"- [The same with every public name]({cfg['site']}/llms-full.txt): signatures and first sentences", ""])
+
+
+def llms_full(found: list[Chapter], cfg: dict[str, str], api: Api) -> str:
+    "`llms.txt`, and below it every public name with its signature."
+    return llms(found, cfg) + "\n## Every public name\n\n" + api.outline()
+
+
+def commands() -> dict[str, str]: # name -> what it does, from the command's own help
+    text = subprocess.run([sys.executable, "-c", "import sys; from pftsleep.apps.cli import main; sys.exit(main(['--help']))"], capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"^  (\w+) +(\S.*)$", text, flags=re.M))
 
 
 def build(out: Path) -> None:
@@ -180,7 +222,7 @@ def build(out: Path) -> None:
         command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-j", "2", "-d", f"{tmp}/doctrees", str(source), str(site)]
         done = subprocess.run(command, env={**os.environ, "PFTSLEEP_ROOT": str(ROOT)}, capture_output=True, text=True)
         if done.returncode: raise SystemExit((done.stdout + done.stderr).replace(f"{source}/", "") + "-> the site was not built")
-        shutil.copy2(source / "llms.txt", site)
+        for name in ("llms.txt", "llms-full.txt"): shutil.copy2(source / name, site)
         (site / ".nojekyll").touch() # GitHub pages would drop folders that begin with an underscore
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = out.with_name(f"{out.name}.{os.getpid()}")

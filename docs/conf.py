@@ -27,7 +27,7 @@ smartquotes = False # '' is a value here
 add_module_names = False
 python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
-exclude_patterns = ["llms.txt"]
+exclude_patterns = ["llms.txt", "llms-full.txt"]
 
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
@@ -37,11 +37,11 @@ html_favicon = "_static/logo.svg"
 html_context = {"default_mode": "auto"} # the theme logs an error without it
 html_copy_source = False
 html_show_sourcelink = False
-html_sidebars = {"index": [], "reference": [], "glossary": [], "contributing": []}
+html_sidebars: dict[str, list[str]] = {name: [] for name in ["index", "reference", "benchmarks", "glossary", "cite", "licences", "contributing"]}
 html_theme_options = {
     "github_url": f"https://github.com/{cfg['user']}/{cfg['repo']}",
     "logo": {"text": cfg["title"], "alt_text": cfg["title"]},
-    "header_links_before_dropdown": 9,
+    "header_links_before_dropdown": 8,
     "navbar_align": "left",
     "navbar_persistent": ["search-button"],
     "show_toc_level": 2,

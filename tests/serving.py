@@ -1,4 +1,5 @@
 "A registry with small models, questions to ask, and a real `pftsleep serve` in a process of its own; used by the tests of the service."
+import atexit
 import json
 import os
 import re
@@ -59,7 +60,9 @@ def add_encoder(models: Path, version: str, seed: int = 0, name: str = "pat") ->
 
 @cache
 def _published(stager: bool) -> Path:
-    models = Path(tempfile.mkdtemp(prefix="pftsleep-models-")) / "models"
+    folder = tempfile.mkdtemp(prefix="pftsleep-models-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    models = Path(folder) / "models"
     add_encoder(models, "1.0")
     with tempfile.TemporaryDirectory() as private:
         if stager: publish_model(stager_folder(Path(private) / "stager"), models, "stages", "1.0")
@@ -104,25 +107,28 @@ class Running:
     `data` may have been used by an earlier one. `server.first` is the key that was printed, None where there were keys already. `wait` is s until it must be ready."""
     def __init__(self, models: Path, data: Path, *args: str, wait: float = 120., before=None, env=None):
         self.models, self.data, self.args, self.wait, self.before, self.env = Path(models), Path(data), args, wait, before, {**os.environ, **(env or {})}
-        self.port, self.first, self.process = free_port(), None, None
-        self.url, self._keys = f"http://127.0.0.1:{self.port}", {}
-        self._log = self.data.parent / f"{self.data.name}-{self.port}.log"
+        self.url, self.first, self.process, self._keys = "", None, None, {}
+        self._log = self.data.parent / f"{self.data.name}-{time.time_ns()}.log"
 
     def __enter__(self) -> "Running":
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", START, "serve", str(self.models), "--data", str(self.data), "--port", str(self.port), *self.args], stdin=subprocess.DEVNULL, stdout=log,
+            self.process = subprocess.Popen([sys.executable, "-c", START, "serve", str(self.models), "--data", str(self.data), "--port", "0", *self.args], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=self.env, preexec_fn=self.before)
         try: self.until_ready()
         except BaseException: self.kill(); raise
         if found := re.search(r"^\s+(pfts_\S+)$", self.log(), re.M): self.first = found[1]
         return self
 
+    @property
+    def port(self) -> int: return int(self.url.rsplit(":", 1)[1])
+
     def until_ready(self, path: str = "/readyz") -> None:
         end = time.monotonic() + self.wait
         while time.monotonic() < end:
+            if not self.url and (found := re.search(r"^listening at (\S+)$", self.log(), re.M)): self.url = found[1]
             if self.process.poll() is not None: raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log()[-3000:]}")
             with suppress(httpx.HTTPError):
-                if httpx.get(self.url + path, timeout=5).status_code == 200: return
+                if self.url and httpx.get(self.url + path, timeout=5).status_code == 200: return
             time.sleep(.1)
         raise RuntimeError(f"the server isn't ready after {self.wait} s:\n{self.log()[-3000:]}")
 

@@ -166,20 +166,32 @@ def test_a_killed_worker_costs_nothing(source, reference, tmp_path):
     assert contents(open_store(store)) == reference
 
 
-DEADLY = SCRIPT.replace("if __name__", """
-import os
-from pftsleep.data import convert as c
-honest = c.prepare_night
+DEADLY = """
+import os, sys
+from pftsleep.data import archives, convert as c
+from pftsleep.data.cohorts import FOLDER
+from pftsleep.data.signals import Recipe
+from pftsleep.data.store import open_store
+honest, done_before = c.prepare_night, archives._prepared
 def prepare_night(night, *a): return os.kill(os.getpid(), 9) if night.id == "n03" else honest(night, *a)
-c.prepare_night = prepare_night
-if __name__""")
+def _prepared(job): return os.kill(os.getpid(), 9) if job.id == "n03" else done_before(job)
+if sys.argv[3] == "convert": c.prepare_night = prepare_night
+archives._prepared = _prepared
+if __name__ == "__main__":
+    pool = c.worker_pool(2) if sys.argv[4] == "given" else None
+    if sys.argv[3] == "convert": print(c.convert(FOLDER, sys.argv[1], sys.argv[2], Recipe.default(channels=("EEG", "EOG")), pool))
+    else:
+        print(c.convert(FOLDER, sys.argv[1], sys.argv[2], Recipe.native()))
+        print(archives.prepare(open_store(sys.argv[2]), sys.argv[2] + "2", Recipe.default(channels=("EEG", "EOG")), pool))
+"""
 
 
-def test_a_night_that_kills_its_worker_fails_alone(source, tmp_path):
+@pytest.mark.parametrize(("what", "workers"), [("convert", "own"), ("convert", "given"), ("prepare", "own"), ("prepare", "given")])
+def test_a_night_that_kills_its_worker_fails_alone(source, tmp_path, what, workers):
     (tmp_path / "deadly.py").write_text(DEADLY)
-    done = subprocess.run([sys.executable, tmp_path / "deadly.py", source, tmp_path / "store"], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, tmp_path / "deadly.py", source, tmp_path / "store", what, workers], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "11 done, 0 skipped, 1 failed" in done.stdout and "n03: BrokenProcessPool" in done.stdout and "a worker process died" in done.stdout
+    assert "11 done, 0 skipped, 1 failed" in done.stdout and "n03: BrokenProcessPool" in done.stdout and "a worker process died" in done.stdout, done.stdout
 
 
 def test_no_identity_in_the_store(tmp_path):

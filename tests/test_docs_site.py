@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
+for folder in ("tools", "docs"): sys.path.insert(0, str(ROOT / folder))
+
+import bench_page
+import build
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
     "--no-first-run", "--disable-dev-shm-usage", "--disable-features=OptimizationHints,MediaRouter"]
 
@@ -45,6 +48,7 @@ def url(site):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    if not (CHROMIUM and DRIVER): pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -181,8 +185,85 @@ def test_no_page_is_wider_than_the_window(browser, site, url, width):
     finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_the_start_page_answers_in_one_screen(browser, site, url):
+    "What it does, the figure, the three commands, and the first of the four readers, without scrolling."
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=1200, height=800, deviceScaleFactor=1, mobile=False))
+    try:
+        load(browser, f"{url}index.html")
+        eager_images(browser)
+        bottom = lambda css: browser.execute_script("return document.querySelector(arguments[0]).getBoundingClientRect().bottom", css)
+        assert max(bottom(css) for css in (".lead", ".tag_hero img", ".hero-note ~ div[class*='highlight-']", ".readers tbody tr")) <= 800
+        assert len(browser.find_elements("css selector", ".readers tbody tr")) == 4
+    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_side_bar_has_groups(browser, url):
+    load(browser, f"{url}tutorials/index.html")
+    assert browser.execute_script("return [...document.querySelectorAll('.bd-sidebar-primary .caption')].map(e => e.textContent.trim())")[:2] == ["Start here", "Nights"]
+
+
+def test_no_chapter_is_lost_by_grouping():
+    from processed import Chapter
+    own = [Chapter(Path(f"data/{i:02}_{name}.ipynb"), name, "", {}) for i, name in enumerate(["edf", "alignment", "brand_new"])]
+    assert {title: [c.title for c in found] for title, found in build.grouped("data", own).items()} == {"The data model": ["alignment"], "Reading nights": ["edf"], "More": ["brand_new"]}
+    for wing, groups in build.GROUPS.items():
+        names = [n for group in groups.values() for n in group]
+        assert len(names) == len(set(names)), f"{wing}: a page stands in docs/groups.yml twice"
+
+
 def test_llms_txt_lists_pages_that_exist(site):
     text = (site / "llms.txt").read_text()
     links = [line.partition("](")[2].partition(")")[0] for line in text.splitlines() if line.startswith("- [")]
     assert len(links) >= 8
     for link in links: assert (site / link.partition(".github.io/")[2].partition("/")[2]).is_file(), link
+    assert "- `pftsleep stage`: recordings" in text and "- `pftsleep demo`" in text
+    full = (site / "llms-full.txt").read_text()
+    assert full.startswith(text) and "- `read_edf(path, channels=None, keep_identity=False)" in full and len(full) < 400_000
+
+
+# --- the page of benchmarks
+
+MACHINE = dict(cpu="Some CPU", cores=4, memory_gib=16.0, gpu=None, os="Linux", python="3.11.7", torch="2.13.0", threads=1)
+
+
+@pytest.fixture
+def results(tmp_path):
+    quiet = dict(hardware=MACHINE, load=1.0, threads=1, measured="2026-11-21T10:00:00+00:00")
+    lines = {"night": [dict(benchmark="night", way=way, hours=h, cpu_s=s, peak_mib=m, **quiet) for way, h, s, m in [("naive", 2, 8., 400.), ("ours", 2, 2., 100.), ("naive", 4, 32., 1600.), ("ours", 4, 8., 100.)]],
+        "old": [dict(benchmark="old", way="ours", seconds=1.5, spread=[1.25, 2.0], load=7.5)],
+        "sizes": [dict(benchmark="cohort", what="1000 / 10 recordings", write_ratio=1.1, **quiet)],
+        "crowd": [dict(benchmark="crowd", what="naive / ours", time_ratio=3.25, **quiet | dict(load=9.0))]}
+    for name, rows in lines.items(): (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def rows_of(text: str, first: str) -> list[list[str]]: return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(f"| {first}")]
+
+
+def test_benchmarks_name_their_machine_and_mark_what_was_measured_under_load(results):
+    text = bench_page.page(results)
+    assert rows_of(text, "A ") == [["A", "Some CPU", "4", "16", "none", "none", "Linux", "3.11.7", "2.13.0"]]
+    assert "Measured 2026-11-21." in text and "There are 7 figures of 4 runs here; 2 of them are marked" in text
+    assert [row[-1] for row in rows_of(text, "ours") if row[1] == "1.5"] == ["not named, busy"] and "1.25 to 2" in text
+    assert not rows_of(text, "[sizes]") and rows_of(text, "1000 / 10 recordings") # growth, and no ratio against a naive way
+    assert rows_of(text, "[crowd]") == [["[crowd](#bench-crowd)", "naive / ours", "time ratio", "3.25", "A, busy"]]
+
+
+def test_ratios_are_computed_where_a_script_printed_none(results):
+    found = {(row[1], row[2]): row[3] for row in rows_of(bench_page.page(results).partition("## How cost grows")[0], "[night]")}
+    assert found == {("ours, hours 2", "CPU: naive / ours"): "4", ("ours, hours 2", "peak: naive / ours"): "4", ("ours, hours 4", "CPU: naive / ours"): "4", ("ours, hours 4", "peak: naive / ours"): "16"}
+
+
+def test_growth_is_a_power_of_the_size(results):
+    grows = {(row[1], row[4]): row[6] for row in rows_of(bench_page.page(results).partition("## How cost grows")[2].partition("## Every figure")[0], "[night]")}
+    assert grows == {("naive", "CPU, s"): "2.00", ("naive", "peak, MiB"): "2.00", ("ours", "CPU, s"): "2.00", ("ours", "peak, MiB"): "0.00"}
+
+
+def test_a_broken_line_of_results_is_named(results):
+    (results / "old.jsonl").write_text('{"benchmark": "old"}\n{"bench')
+    with pytest.raises(SystemExit, match=r"old\.jsonl, line 2"): bench_page.page(results)
+
+
+def test_the_committed_results_make_a_page():
+    text = bench_page.page(ROOT / "benchmarks/results")
+    assert "## Against the naive way" in text and all(f"(bench-{p.stem})=" in text for p in (ROOT / "benchmarks/results").glob("*.jsonl"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from pftsleep.apps.cli import TASKS, command, main, make_parser
-from pftsleep.apps.evaluating import class_metrics, latex_table, random_encoder, read_predictions, seen_in_pretraining, whom_to_judge
+from pftsleep.apps.evaluating import class_metrics, latex_table, random_encoder, read_predictions, read_scorers, seen_in_pretraining, whom_to_judge
 from pftsleep.apps.evaluation import STAGING_BASELINES, baseline, movement_stages, predict, yasa_stages
 from pftsleep.data.annotation_writers import write_annotations
 from pftsleep.data.hypnograms import read_annotations
@@ -25,7 +25,7 @@ from pftsleep.data.signals import Recipe
 from pftsleep.data.splits import make_split
 from pftsleep.data.store import create_store, open_store
 from pftsleep.data.study_formats import consensus, soft_agreement
-from pftsleep.errors import PFTSleepError
+from pftsleep.errors import AlignmentError, PFTSleepError
 from pftsleep.evaluation.agreement import bland_altman, event_agreement, match_events, on_epochs_of, pairwise_agreement
 from pftsleep.evaluation.calibration import calibration_figures, expected_calibration_error, multiclass_brier, reliability_table
 from pftsleep.evaluation.groups import ahi_group, age_group, group_figures, read_people
@@ -381,6 +381,22 @@ def test_survival(tmp_path):
     assert rows["stroke", "model"]["c"] == pytest.approx(sksurv.concordance_index_censored(event == 1, time, score)[0])
     assert rows["none", "model"]["c"] is None and "few" in rows["none", "model"]["note"]
     assert rows["stroke", "dice"]["gain"] == pytest.approx(rows["stroke", "dice"]["c"] - rows["stroke", "model"]["c"])
+
+
+def test_a_scoring_without_a_clock_is_named(tmp_path):
+    """The message says which scorer's file is meant, and not only that some of hundreds has no clock."""
+    (tmp_path / "n1.csv").write_text("stage\nW\nN2\n")
+    with pytest.raises(AlignmentError, match=r"n1\.csv: one of two scorings has a clock time"): read_scorers([f"bob={tmp_path}"], {"n1": Hypnogram(np.zeros(2, "int8"), 30., start=datetime(2024, 3, 1, 22))})
+
+
+def test_events_with_a_time_of_day_alone(tmp_path):
+    """Luna's .annot has clock times and no date; whoever scored from another second on is still on the same clock."""
+    head = "class\tinstance\tchannel\tstart\tstop\tmeta\n"
+    (tmp_path / "a.annot").write_text(head + "N2\t.\t.\t23:59:00\t00:05:00\t.\nobstructive_apnea\t.\t.\t00:01:00\t00:01:20\t.\n")
+    (tmp_path / "b.annot").write_text(head + "N2\t.\t.\t00:00:00\t00:05:00\t.\nobstructive_apnea\t.\t.\t00:01:00\t00:01:20\t.\n")
+    assert main(["evaluate", "events", str(tmp_path / "a.annot"), str(tmp_path / "b.annot"), "--out", str(tmp_path / "out")]) == 0
+    data = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert data["tables"]["events"][0]["f1"] == 1 and data["facts"]["clocks_assumed"] == 0
 
 
 def test_events_on_their_clocks(tmp_path):

@@ -310,6 +310,9 @@ def test_a_store_is_resumed_and_sound(wrist, hip, tmp_path):
     store = tmp_path / "store"
     first = convert_nhanes(wrist / "PAXMIN_H.xpt", store, wrist / "PAXHD_H.xpt")
     assert not first.failed and len(convert_nhanes(wrist / "PAXMIN_H.xpt", store).of("skipped")) == len(first.outcomes)
+    assert len(convert_nhanes(wrist / "PAXMIN_H.xpt", tmp_path / "late").of("done")) == len(first.outcomes) # the header came later: it says when minute 0 was, so what is there is no longer true
+    assert len(convert_nhanes(wrist / "PAXMIN_H.xpt", tmp_path / "late", wrist / "PAXHD_H.xpt").of("done")) == len(first.outcomes)
+    assert len(convert_nhanes(wrist / "PAXMIN_H.xpt", tmp_path / "late", wrist / "PAXHD_H.xpt").of("skipped")) == len(first.outcomes)
     convert_nhanes(hip / "PAXRAW_D.xpt", store)
     s, people = open_store(store), pd.read_parquet(store / "participants.parquet")
     assert len(s) == len(people) == 9 and set(people["cycle"]) == {"D", "H"} and set(s.manifest["cohort"]) == {"nhanes-2005-06", "nhanes-2013-14"}

@@ -1,4 +1,4 @@
-"""Runs every script of benchmarks/ and collects what they print, one JSON object a line, in benchmarks/results/, with the hardware named.
+"""Runs every script of benchmarks/ and collects what they print, one JSON object a line, in benchmarks/results/, with the hardware named. Then makes a page of all results, build/benchmarks.md; the site has the same.
 
     python tools/bench.py [NAME ...]     # all, or the named ones without .py; 'night-cost' and 'night-train' are runs of night.py with other arguments
     python tools/bench.py night-cost -- --threads 1 --repeats 1    # what follows -- goes to the script
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_page
 from processed import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -49,6 +50,13 @@ def measure(name: str, script: Path, arguments: list[str], about: dict[str, obje
     return True
 
 
+def write_page() -> Path:
+    target = ROOT / "build" / "benchmarks.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(bench_page.page(BENCHMARKS / "results"))
+    return target
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
@@ -59,7 +67,7 @@ def main() -> None:
     if unknown := set(names) - set(there): sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(there) or 'none'}")
     about = hardware()
     results = [measure(name, BENCHMARKS / f"{there[name][0]}.py", [*there[name][1:], *theirs], about) for name in names or there]
-    print(f"{sum(results)} of {len(results)} benchmarks ran; results in {(BENCHMARKS / 'results').relative_to(ROOT)}")
+    print(f"{sum(results)} of {len(results)} benchmarks ran; results in {(BENCHMARKS / 'results').relative_to(ROOT)}, the page of them in {write_page().relative_to(ROOT)}")
     sys.exit(not all(results))
 
 

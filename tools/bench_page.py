@@ -18,9 +18,10 @@ BENCHMARKS = ROOT / "benchmarks"
 ABOUT = {"benchmark", "hardware", "measured", "load", "cpu", "torch"} # of the run, and not of the figure
 MACHINE = {"cpu": "processor", "cores": "cores", "memory_gib": "memory, GiB", "gpu": "GPU", "bf16": "bf16 instructions", "os": "system", "python": "Python", "torch": "torch"}
 SETTINGS = {"way", "form", "what", "size", "preset", "precision", "embedding", "file", "people", "channels", "hours", "rate", "tokens", "windows", "batch", "animals", "cohorts", "recordings", "nights", "candidates", "mode", "modalities",
-    "width", "workers", "ranks", "threads", "repeats", "calls", "frugal", "server", "module", "codec", "signals", "seconds", "rows", "mib", "edf_mb", "epochs", "parameters"}
+    "width", "workers", "ranks", "threads", "repeats", "calls", "frugal", "recipe", "server", "module", "codec", "signals", "seconds", "rows", "mib", "edf_mb", "epochs", "parameters"}
 RATIO = re.compile(r"(^|_)ratio$|^faster|^times_|naive_over|(memory|cpu)_share$")
-NAIVE = {"naive", "original", "plain"} # ways that others are compared with
+SIZES = re.compile(r"recordings?|nights?|people") # 'what' of a line that compares sizes and not ways
+NAIVE = {"naive", "original", "plain", "pandas"} # ways that others are compared with
 GROWS = ("nights", "recordings", "people", "hours", "channels", "animals", "tokens", "candidates", "workers", "ranks")
 UNITS = {"s": "s", "ms": "ms", "mib": "MiB", "mb": "MB", "gflops": "GFLOP/s"}
 Row = dict[str, object]
@@ -89,7 +90,7 @@ def case(row: Row, without: Sequence[str] = ()) -> dict[str, object]:
 
 def ratios(rows: list[Row]) -> Iterator[tuple[Row, str, float]]: # the line, what is compared, how many times
     "Printed ratios; where a naive way stands beside ours without one, ratios of its seconds of the processor and of its memory."
-    printed = [(row, k, v) for row in rows for k, v in row.items() if RATIO.search(k) and isinstance(v, int | float) and row.get("what") != "codec"]
+    printed = [(row, k, v) for row in rows for k, v in row.items() if RATIO.search(k) and isinstance(v, int | float) and row.get("what") != "codec" and not SIZES.search(str(row.get("what", "")))]
     yield from ((row, _words(k), float(v)) for row, k, v in printed if row.get("way", row.get("form")) not in NAIVE)
     if printed: return
     same = lambda row: json.dumps(case(row, ("way", "form", "precision", "repeats")), sort_keys=True)
@@ -111,7 +112,7 @@ def growth(rows: list[Row]) -> Iterator[tuple[dict[str, object], str, list[tuple
             by_size = dict(sorted((float(row[size]), row) for row in found))
             if len(by_size) < 2: continue
             for key in found[0]:
-                if re.search(r"(^|_)(total_cpu_s|encoder_cpu_s|cpu_s|cpu_ms|median_s|cpu_rows_s|ms_each|epoch_s|peak_mib|held_mib)$", key) and all(row.get(key) for row in found):
+                if re.search(r"(^|_)(total_cpu_s|encoder_cpu_s|cpu_s|cpu_ms|median_s|cpu_rows_s|ms_each|cpu_s_each|epoch_s|peak_mib|held_mib|last_mib)$", key) and all(row.get(key) for row in found):
                     yield case(found[0], (size, "repeats", "parameters", "rows", "mib")), size, list(by_size.items()), key
 
 

@@ -42,7 +42,7 @@ def _fact(name: str, value: object) -> int | float | str:
     "A checked fact. Raises `ConfigError`, since a wrong one is a mistake in the program, not in a request."
     kind = FACTS.get(name)
     if kind is None: raise ConfigError(f"an audit record has no fact '{name}'", remedy=f"one of {', '.join(FACTS)}")
-    if kind is str and isinstance(value, str): return _word(value)
+    if kind is str and isinstance(value, str): return "/" + _word(value[1:]) if name == "route" and value[:1] == "/" and _PLAIN.fullmatch(value[1:]) else _word(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and kind is not str and math.isfinite(value) and abs(value) < 1e15 and (kind is float or value == int(value)):
         return int(value) if kind is int else float(f"{value:.6g}")
     raise ConfigError(f"the fact '{name}' of an audit record should be {kind.__name__}")

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,10 +30,11 @@ from .commands import on_device, unseen
 from .evaluation import STAGING_BASELINES, UNSEEN, Predictions, baseline, check_recipe, checked_baselines, evaluation_report, missing_channels, predict
 from ..data.hypnograms import read_annotations, read_hypnogram
 from ..data.recording import Hypnogram, Stage
+from ..data.scoring_tools import Scoring
 from ..data.splits import Split, split_keys
 from ..data.store import Store, open_store
 from ..data.study_formats import consensus
-from ..errors import ConfigError, ReadError, StoreError
+from ..errors import AlignmentError, ConfigError, ReadError, StoreError
 from ..evaluation.agreement import agreement_with_people, bland_altman, event_agreement, on_epochs_of, paired_statistics, pairwise_agreement, plot_bland_altman, statistics_agreement
 from ..evaluation.calibration import calibration_figures, plot_reliability, reliability_table
 from ..evaluation.discrimination import auc, calibration_table, delong_test, discrimination
@@ -255,7 +256,7 @@ def read_scorers(
         if not Path(folder).is_dir(): raise ConfigError("there is no such folder", path=folder, remedy="--scorers alice=folder, one folder for each scorer")
         found = {i: f for i in true if (f := _file_of(Path(folder), i, list(true)))}
         if not found: raise ConfigError(f"none of its files begins with the id of a recording, such as {next(iter(true))}", path=folder, remedy="name the files by the recordings' ids")
-        out[name] = {i: on_epochs_of(read_hypnogram(f), true[i]) for i, f in found.items()}
+        out[name] = {i: _on_epochs_of(f, true[i]) for i, f in found.items()}
     return out
 
 def named_sources(
@@ -269,6 +270,10 @@ def named_sources(
     return dict(named)
 
 # %% ../../nbs/apps/12_evaluating.ipynb #83acf5bb
+def _on_epochs_of(file: Path, reference: Hypnogram) -> Hypnogram:
+    try: return on_epochs_of(read_hypnogram(file), reference)
+    except AlignmentError as e: raise AlignmentError(e.problem, file, remedy=e.remedy) from e
+
 def _file_of(folder: Path, id: str, ids: Sequence[str]) -> Path | None:
     "The one file of a recording: its name is the id, or goes on after it with something that is no letter or digit."
     longer = [o for o in ids if o != id and o.startswith(id)]
@@ -445,9 +450,16 @@ def _paired_files(a: Path, b: Path) -> tuple[dict[str, tuple[Path, Path]], list[
 
 def _events_of_both(a: Path, b: Path) -> tuple[pd.DataFrame, pd.DataFrame, bool]: # events on one clock, and whether the files said so
     first, second = read_annotations(a), read_annotations(b)
-    known = first.origin is not None and second.origin is not None
-    shift = (second.origin - first.origin) / timedelta(seconds=1) if first.origin and second.origin else 0.
-    return first.events, second.events.assign(onset=second.events["onset"].astype(float) + shift), known
+    shift = _ahead(first, second)
+    return first.events, second.events.assign(onset=second.events["onset"].astype(float) + (shift or 0.)), shift is not None
+
+def _ahead(first: Scoring, second: Scoring) -> float | None: # s from one's second 0 to the other's; None where one of them doesn't say when that was
+    "With a time of day alone, it is taken to be the nearest such moment, as `rebase` does."
+    if first.origin and second.origin: return (second.origin - first.origin).total_seconds()
+    at = [s.origin.time() if s.origin else s.clock for s in (first, second)]
+    if at[0] is None or at[1] is None: return None
+    day = datetime(2000, 1, 1)
+    return ((datetime.combine(day, at[1]) - datetime.combine(day, at[0])).total_seconds() + 43200) % 86400 - 43200
 
 # %% ../../nbs/apps/12_evaluating.ipynb #2ae227bd
 def read_predictions(

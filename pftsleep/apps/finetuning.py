@@ -8,6 +8,7 @@ __all__ = ['BASELINES', 'read_labels', 'labelled_weeks', 'split_people', 'fit_sc
 
 # %% ../../nbs/apps/10_finetuning.ipynb #dfc8f8bf
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_labels(
 ) -> tuple[str, dict[str, int]]: # which of 'id' and 'subject' the keys are; key -> label
     "Who has it and who hasn't. Raises `ReadError` for another table, `ConfigError` for an unknown task, other values, or somebody with two labels."
     path = Path(path)
-    try: table = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path)
+    try: table = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path, dtype=dict.fromkeys(_KEYS, str)) # as a number, 0001 would be 1 and nobody's
     except (OSError, ValueError) as e: raise ReadError(f"can't be read as a table: {getattr(e, 'strerror', None) or str(e)[:200]}", path=path, remedy="give a CSV or parquet file") from e
     table = table.reset_index() if table.index.name in _KEYS else table
     key = next((k for k in _KEYS if k in table), None)
@@ -55,7 +56,7 @@ def read_labels(
     if (n := labels.groupby(level=0).nunique()).gt(1).any(): raise ConfigError(f"{n.idxmax()} has two labels", path=path, remedy="one for each")
     return "id" if key == "id" else "subject", {str(k): int(v) for k, v in labels.items()}
 
-def _plain_key(k: Any) -> str: return str(int(k)) if isinstance(k, float | np.floating) and k == int(k) else str(k)
+def _plain_key(k: Any) -> str: return re.sub(r"(?<=\d)\.0$", "", str(k)) # SAS knows no whole numbers, so a SEQN may be 31128.0
 
 # %% ../../nbs/apps/10_finetuning.ipynb #63151273
 def labelled_weeks(
@@ -156,7 +157,8 @@ def learners_of(
     return {n: others[n]() if n in others else tuning.from_scratch(n, config) for n in check_baselines(names)}
 
 def _boosting(weeks: Sequence[Week]) -> Learner:
-    "Gradient boosting on rest and activity, hours and quantiles of the raw week."
+    "Gradient boosting on rest and activity, hours and quantiles of the raw week. Raises `ConfigError` for weeks that don't begin at midnight: minute 0 is hour 0 to it."
+    if late := [w for w in weeks if not w.at_midnight]: raise ConfigError(f"the baseline 'boosting' knows the hours of weeks from midnight on, and {late[0].id} begins at {late[0].start:%H:%M}", remedy="take the rule 'midnight', or leave this baseline out")
     describe = lambda row: rest_activity(row, 60., weeks[0].start)
     table = tuning.week_features(np.stack([w.values for w in weeks]), np.stack([w.pad for w in weeks]), describe).set_axis([w.id for w in weeks])
     return tuning.estimator(tuning.boosting, lambda e: table.loc[list(e.ids)], "boosting")
@@ -229,6 +231,7 @@ def finetune(
     place = {w.id: k for k, w in enumerate(weeks)}
     by = fit_scale([weeks[place[i]] for i in who.parts["train"] if i in place], standardise)
     every = examples_of(weeks, y, by, where)
+    others = learners_of(rivals, weeks, config) # refused before hours of training
     parts = {name: every.part(who, name) for name in ("train", "val", "test")}
     model = tuning.finetune(begin, parts["train"], parts["val"], folder, config, ("no", task), plain_scaler(by))
     save_standardiser(by, folder / "standardiser.npz")
@@ -238,7 +241,7 @@ def finetune(
     _put(folder / "metrics.json", json.dumps(_finite(facts), indent=1, default=float))
     print(f"{who}\n{_told(figures, task)}\nmodel in {folder / 'model'}" + (f"\n{len(told)} recordings can't be used, the first: {told[0]}" if told else ""))
     if (curve or baselines) and not figures["refused"]:
-        learners = {"encoder": tuning.finetuning(begin, config, plain_scaler(by), benchmark)} | learners_of(rivals, weeks, config)
+        learners = {"encoder": tuning.finetuning(begin, config, plain_scaler(by), benchmark)} | others
         _curve(learners, every, who, folder, config, sizes, seeds)
     elif curve or baselines: print("so there is no curve and no comparison, either")
     return 0

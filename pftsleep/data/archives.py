@@ -11,13 +11,11 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
-from contextlib import nullcontext
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,7 +27,7 @@ import pandas as pd
 import zarr
 from tqdm import tqdm
 
-from .convert import Ledger, Outcome, worker_pool
+from .convert import Ledger, Outcome, run_jobs
 from .edf import edf_name, edf_unit
 from .recording import Channel, Hypnogram, ReadIssue, Recording, Stage, named_channels
 from .signals import Recipe, apply_recipe
@@ -283,7 +281,7 @@ def prepare(
     jobs = [_Job(str(source.path), dict(source.settings), id, str(made.path), recipe) for id in _ids(source)]
     outcomes: list[Outcome] = []
     try:
-        for o in tqdm(_outcomes(jobs, executor), total=len(jobs), desc="prepare", unit="night", disable=None):
+        for o in tqdm(run_jobs(_run, jobs, executor), total=len(jobs), desc="prepare", unit="night", disable=None):
             outcomes.append(o)
             _log(made, o)
     finally: made.sync() # also after Ctrl-C
@@ -298,6 +296,8 @@ class _Job:
     id: str
     target: str
     recipe: Recipe
+    @property
+    def place(self) -> str: return self.id # a store knows no file names
 
 def _ids(store: Store) -> list[str]:
     "Of what is there, whatever the manifest says; half-written ones will fail, and stand in the ledger."
@@ -325,22 +325,6 @@ def _run(job: _Job) -> Outcome:
     except Exception as e: return outcome("failed", error=type(e).__name__, message=f"{job.id}: {e}", trace=traceback.format_exc())
 
 # %% ../../nbs/data/17_archives.ipynb #72f7a927
-def _outcomes(jobs: Sequence[_Job], executor: Executor | None) -> Iterator[Outcome]:
-    "Outcomes as they come; a worker that dies fails its night and no other."
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
-    if executor is None and workers < 2:
-        yield from map(_run, jobs)
-        return
-    with nullcontext(executor) if executor else worker_pool(workers) as pool:
-        futures = {pool.submit(_run, j): j for j in jobs}
-        try:
-            for f in as_completed(futures):
-                try: outcome = f.result()
-                except Exception as e: outcome = Outcome(futures[f].id, "failed", 0., type(e).__name__, f"{futures[f].id}: its worker died ({e}) -> run again, with fewer workers if it was memory")
-                yield outcome
-        finally: # Ctrl-C: begin nothing more
-            for f in futures: f.cancel()
-
 def _log(store: Store, o: Outcome) -> None:
     "A line in the store's ledger, as `convert` writes it; a bucket has none, since nothing can be appended there."
     if not isinstance(store.path, Path): return

@@ -234,9 +234,10 @@ def _start(f: h5py.File, path: Path) -> datetime | None:
     try: return datetime.fromisoformat(text).replace(tzinfo=None) if text else None
     except ValueError as e: raise ReadError(f"'{text[:40]}' is no time", path, remedy="write the start as 2022-05-01T09:00:00") from e
 
-def _provenance(f: h5py.File) -> dict:
+def _provenance(f: h5py.File, issues: list[ReadIssue]) -> dict:
     try: found = json.loads(_text(f.attrs.get("provenance"), 1_000_000) or "{}")
-    except (ValueError, RecursionError): return {}
+    except (ValueError, RecursionError): found = None
+    if not isinstance(found, dict): issues.append(ReadIssue("noted", "where it comes from can't be read: its attribute 'provenance' is damaged"))
     return found if isinstance(found, dict) else {}
 
 # %% ../../nbs/data/40_bouts.ipynb #91fa622b
@@ -288,7 +289,7 @@ def open_bout(
         ours = _text(f.attrs.get("format")) == _FORMAT
         if not ours: issues.append(ReadIssue("noted", "written by the original: rows of zeros are taken as not measured, and no unit is stated"))
         known = f.attrs.get("subject_known", True)
-        info = BoutInfo(_rate(f, path), _text(f.attrs.get("loc"), 100), {k: s.unit for k, s in sensors.items() if s.unit}, _start(f, path), _provenance(f), bool(np.asarray(known).all()))
+        info = BoutInfo(_rate(f, path), _text(f.attrs.get("loc"), 100), {k: s.unit for k, s in sensors.items() if s.unit}, _start(f, path), _provenance(f, issues), bool(np.asarray(known).all()))
         return Bout(path, name, info, sensors, label is not None, ours, tuple(issues))
     return _guarded(path, look)
 

@@ -489,15 +489,16 @@ def convert_nhanes(
     "Everybody's minutes into a store, as they are in the file. Raises where the table itself can't be read; what is wrong with one person stands in the ledger."
     path, outcomes, rows = Path(path), [], []
     target = create_store(store, Recipe.native())
-    head, source = read_nhanes_header(header) if header else None, fingerprint(path) if path.exists() else {}
-    there = dict(zip(target.manifest["id"], target.manifest["source_sha256"], strict=True))
+    head = read_nhanes_header(header) if header else None
+    sources = [fingerprint(Path(p)) for p in (path, header) if p and Path(p).exists()] # the header says when minute 0 was: with another one, all is read anew
+    there = {id: set(str(known).split(";")) for id, known in zip(target.manifest["id"], target.manifest["source_sha256"], strict=True)}
     try:
         for seqn, found in _people_as_recordings(path, head, cycle):
             t, status = time.perf_counter(), "skipped"
             if isinstance(found, Recording):
                 rows.append(_participant(found))
-                if there.get(found.id) != source["sha256"]:
-                    target.add(found, [source])
+                if not {s["sha256"] for s in sources} <= there.get(found.id, set()):
+                    target.add(found, sources)
                     status = "done"
             else: status = "failed"
             outcomes.append(Outcome(str(seqn), status, round(time.perf_counter() - t, 3), *((type(found).__name__, str(found)) if status == "failed" else ())))

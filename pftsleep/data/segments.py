@@ -123,7 +123,7 @@ def _stretches(n: int, gaps: np.ndarray, bridge: float) -> np.ndarray: # [S, 2] 
     return s[s[:, 1] > s[:, 0]]
 
 # %% ../../nbs/data/42_segments.ipynb #0be5471f
-def _unit_of(bouts: Sequence[Bout], rule: SegmentRule, notes: list[str]) -> str:
+def _unit_of(bouts: Sequence[Bout], notes: list[str]) -> str:
     "The unit of accelerometers whose file states none."
     lengths = []
     for b in bouts:
@@ -163,7 +163,7 @@ def find_sources(
 def _sources(bouts: Sequence[Bout], rule: SegmentRule, folder: Path) -> tuple[list[Source], list[str]]:
     notes: list[str] = []
     silent = [b for b in bouts if rule.unit != "keep" and any(s.kind in ("acc", "acc_high") and s.kind in rule.sensors and not s.unit for s in b.sensors.values())]
-    unit = _unit_of(silent, rule, notes) if silent else None
+    unit = _unit_of(silent, notes) if silent else None
     sources = [s for b in bouts for s in _sources_of(b, rule, unit)]
     if not sources: raise ConfigError(f"no sensor of kind {', '.join(rule.sensors)}", folder, remedy=f"its files have {', '.join(bouts[0].sensors)}")
     if not all(b.info.subject_known for b in bouts): notes.append(f"{folder.name}: the source doesn't tell animals apart; recordings are split, so the same animal may stand on both sides")

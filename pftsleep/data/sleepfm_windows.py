@@ -6,6 +6,7 @@
 __all__ = ['channel_groups', 'WindowsOf', 'GroupDataset', 'collate_groups', 'read_sleepfm_h5', 'write_sleepfm_h5']
 
 # %% ../../nbs/data/46_sleepfm_windows.ipynb #6971975b
+import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ from .montage import GROUPS, role_of
 from .recording import Channel, ReadIssue, Recording, named_channels
 from .sleepfm_recipes import CLINICAL_RATE, CLINICAL_SECONDS
 from .store import Store
-from ..errors import ConfigError, PFTSleepError, ReadError
+from ..errors import ConfigError, PFTSleepError, ReadError, StoreError
+from ..files import write_whole
 
 # %% ../../nbs/data/46_sleepfm_windows.ipynb #fd3a820b
 def channel_groups(
@@ -77,6 +79,8 @@ class GroupDataset:
     def __post_init__(self):
         if self.store.recipe.get("rate") != CLINICAL_RATE: raise ConfigError(f"its recipe '{self.store.recipe.get('name')}' has {self.store.recipe.get('rate')} Hz", path=self.store.path, remedy="prepare it with `sleepfm_clinical`")
         opened = {id: self._open(id) for id in self.ids}
+        for w in opened.values():
+            if unknown := [m for m in self.need if m not in w.groups]: raise ConfigError(f"there is no modality '{unknown[0]}'", path=self.store.path, remedy=f"we have {', '.join(w.groups)}")
         missing = {id: ", ".join(m for m in self.need if not w.groups[m]) for id, w in opened.items()}
         object.__setattr__(self, "left_out", {id: why for id, why in missing.items() if why})
         object.__setattr__(self, "index", tuple((id, k) for id, w in opened.items() if id not in self.left_out for k in range(len(w))))
@@ -161,8 +165,14 @@ def write_sleepfm_h5(
     rec: Recording, # prepared with `Recipe.sleepfm_clinical`
     path: str | Path, # where to
 ) -> Path: # the file
-    "The same layout, for the original's scripts: one float16 dataset for each channel. Raises `ConfigError` for channels at another rate."
+    "The same layout, for the original's scripts: one float16 dataset for each channel. Raises `ConfigError` for channels at another rate, or with values that float16 can't hold."
     if wrong := [n for n, c in rec.channels.items() if c.fs != CLINICAL_RATE]: raise ConfigError(f"{', '.join(wrong)} isn't at {CLINICAL_RATE:g} Hz", rec.id, remedy="prepare the recording with `Recipe.sleepfm_clinical()`")
-    with h5py.File(path, "w") as f:
-        for name, ch in rec.channels.items(): f.create_dataset(name.replace("/", "_"), data=ch.samples().astype("float16"), compression="gzip", chunks=(min(ch.n_samples, round(CLINICAL_SECONDS * CLINICAL_RATE)),))
-    return Path(path)
+    path, data = Path(path), io.BytesIO()
+    with h5py.File(data, "w") as f:
+        for name, ch in rec.channels.items():
+            x = ch.samples()
+            if np.abs(x).max(where=np.isfinite(x), initial=0) > np.finfo("float16").max: raise ConfigError("its values are too large for float16: it isn't standardised", rec.id, name, remedy="prepare the recording with `Recipe.sleepfm_clinical()`")
+            f.create_dataset(name.replace("/", "_"), data=x.astype("float16"), compression="gzip", chunks=(min(ch.n_samples, round(CLINICAL_SECONDS * CLINICAL_RATE)),))
+    try: write_whole(path, data.getvalue())
+    except OSError as e: raise StoreError(f"can't be written: {e.strerror or e}", path=path, remedy="free some space and run again") from e
+    return path

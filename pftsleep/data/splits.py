@@ -112,8 +112,6 @@ def _deal(sizes: Sequence[int], goals: np.ndarray) -> list[int]:
         have[part_of[-1]] += size
     return part_of
 
-def _distance(have: np.ndarray, goals: np.ndarray) -> float: return float(((have - goals)**2).sum())
-
 def _best_exchange(sizes: np.ndarray, part_of: np.ndarray, goals: np.ndarray) -> dict[int, int]:
     "The move or exchange of single subjects that brings the sizes nearest to the goals, as subject -> new part; empty if none helps."
     excess = np.bincount(part_of, weights=sizes, minlength=len(goals)) - goals

@@ -317,7 +317,7 @@ def _write(rec: Recording, folder: Path | Url, recipe: Mapping, recipe_hash: str
     try:
         group = zarr.open_group(temporary, mode="w-", zarr_format=3)
         facts = _attributes(rec, _write_contents(group, rec), temporary, recipe, recipe_hash, sources)
-        group.attrs.update(facts)
+        group.attrs.put(facts) # at once: `update` rewrites the file for each
         _publish(temporary, final)
     except OSError as e: raise StoreError(f"can't be written: {e.strerror or e}", path=final, remedy="free some space or choose another folder, then run again: finished recordings are kept") from e
     finally: shutil.rmtree(temporary, ignore_errors=True)

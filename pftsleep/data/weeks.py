@@ -7,7 +7,7 @@ __all__ = ['MINUTE', 'DAY', 'DAYS', 'WEEK', 'HOWS', 'NONWEAR', 'to_minutes', 'no
            'WeekRule', 'Week', 'cut_weeks', 'stack_weeks']
 
 # %% ../../nbs/data/34_weeks.ipynb #6ad2c1ad
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -91,7 +91,7 @@ def to_minutes(
     how: str | None = None, # 'sum' or 'mean' of Activity, 'enmo' or 'mad' of X, Y, Z; None = what Activity's unit says: counts, MIMS add up, mg doesn't
     min_share: float = 1., # of a minute that must have been measured; what is missing of a sum is then filled in proportion
 ) -> Recording: # at 1/60 Hz, from a whole minute on; light and temperature are means, flags (Off-wrist, Marker, Wake) are up where they were up in any part
-    "Minutes of the clock; NaN where a minute is incomplete. Raises `ConfigError` where it isn't said how, `SignalError` where epochs don't fit into minutes."
+    "Minutes of the clock; NaN where a minute is incomplete. A channel slower than that is dropped, with an issue. Raises `ConfigError` where it isn't said how, `SignalError` where epochs don't fit into minutes."
     if how not in (None, *HOWS) or not 0 < min_share <= 1: raise ConfigError(f"how={how!r}, min_share={min_share}", remedy=f"how is one of {', '.join(HOWS)}, min_share above 0 and at most 1")
     if recording.start is None: raise SignalError("it has no start", recording.id, remedy="give the recording its local start time")
     raw = how in ("enmo", "mad")
@@ -103,12 +103,16 @@ def to_minutes(
     edges = lambda c: _edges(offset, c.fs, first, last - first + 1)
     out: dict[str, Channel] = {}
     if raw: out["Activity"] = array_channel("Activity", _minutes(_enmo(recording) if how == "enmo" else _mad(recording, offset), main, edges(main), _by_mean, min_share), 1 / MINUTE, "mg", Kind.ACTIVITY, source_label=str(how).upper())
+    slow = {n: c for n, c in recording.channels.items() if c.fs * MINUTE < 1 - 1e-9}
     for name, c in recording.channels.items():
-        if c.kind != Kind.ACC and name not in out and c.fs * MINUTE >= 1 - 1e-9: out[name] = array_channel(name, _minutes(c.samples, c, edges(c), _rule(c, how), min_share), 1 / MINUTE, c.unit, c.kind, source_label=c.source_label)
+        if c.kind != Kind.ACC and name not in out and name not in slow: out[name] = array_channel(name, _minutes(c.samples, c, edges(c), _rule(c, how), min_share), 1 / MINUTE, c.unit, c.kind, source_label=c.source_label)
     start = recording.start - timedelta(seconds=offset) + timedelta(seconds=first * MINUTE)
-    return replace(recording, channels=out, start=start, issues=recording.issues + _shift_issue(offset, main.fs), provenance={**recording.provenance, "minutes": how or "by unit", "min_share": min_share})
+    return replace(recording, channels=out, start=start, issues=recording.issues + _slow_issues(slow) + _shift_issue(offset, main.fs), provenance={**recording.provenance, "minutes": how or "by unit", "min_share": min_share})
 
 # %% ../../nbs/data/34_weeks.ipynb #992fb519
+def _slow_issues(slow: Mapping[str, Channel]) -> tuple[ReadIssue, ...]:
+    return tuple(ReadIssue("dropped", f"it has a value every {1 / c.fs:g} s, which no minute can be told from", name) for name, c in slow.items())
+
 def _shift_issue(offset: float, fs: float) -> tuple[ReadIssue, ...]:
     "What epochs across a boundary have been moved by."
     e = 1 / fs
@@ -272,9 +276,10 @@ def stack_weeks(
     weeks: Sequence[Week],
     fill: float = np.nan, # what stands where `pad` is True
 ) -> tuple[np.ndarray, np.ndarray]: # [n, 10080] float32, [n, 10080] bool
-    "Values and padding of several weeks. Raises `SignalError` where they aren't comparable: other units, or other hours in minute 0."
+    "Values and padding of several weeks. Raises `SignalError` where they aren't comparable: other units, or minute 0 at midnight in some and not in others."
     if not weeks: return np.zeros((0, WEEK), "float32"), np.zeros((0, WEEK), bool)
     if len(units := {w.unit for w in weeks}) > 1: raise SignalError(f"they are in {', '.join(sorted(units))}", weeks[0].id, remedy="stack weeks of one unit")
-    if len({w.at_midnight for w in weeks}) > 1 or any(len(w) != WEEK for w in weeks): raise SignalError("minute 0 isn't the same hour in all of them", weeks[0].id, remedy="cut all of them by one rule")
+    if odd := [w for w in weeks if len(w) != WEEK]: raise SignalError(f"it has {len(odd[0])} minutes and not {WEEK}", odd[0].id, remedy="cut it by `cut_weeks`")
+    if len({w.at_midnight for w in weeks}) > 1: raise SignalError("minute 0 is midnight in some of them and not in others", weeks[0].id, remedy="cut all of them by one rule")
     values, pad = np.stack([w.values for w in weeks]).astype("float32"), np.stack([w.pad for w in weeks])
     return np.where(pad, np.float32(fill), values), pad

@@ -321,7 +321,9 @@ def _h5_channel(path: Path, f: h5py.File, group: str, label: str, about: dict, i
     stated = str(about.get("unit") or "").strip()
     name, kind, reference = edf_name(label, stated)
     kind = kind if kind != Kind.OTHER else {"eeg": Kind.EEG, "eog": Kind.EOG, "emg": Kind.EMG}.get(group, Kind.OTHER)
-    unit, factor, known = edf_unit(stated or "uV" * (kind in (Kind.EEG, Kind.EOG, Kind.EMG, Kind.ECG)), kind)
+    volts = kind in (Kind.EEG, Kind.EOG, Kind.EMG, Kind.ECG)
+    if volts and not stated: issues.append(ReadIssue("noted", "its unit isn't stated; taken to be uV, as Dreem's are", label))
+    unit, factor, known = edf_unit(stated or "uV" * volts, kind)
     if not known: issues.append(ReadIssue("noted", f"unknown unit '{stated[:40]}'; values are as in the file", label))
     return Channel(name, kind, fs, unit, len(d), _H5Samples(path, f"signals/{group}/{label}", factor), reference, label)
 

@@ -40,7 +40,8 @@ from ..evaluation.discrimination import auc, discrimination
 from ..files import write_whole
 from ..models.baselines import Baseline, BaselineConfig, keras_init, wavelet_logistic
 from ..models.transformer import Encoder, Pretrained, load_any, n_parameters
-from .runs import finish_run, seeded, start_run, weights_hash
+from ..models.stager import weights_hash
+from .run_folders import finish_run, seeded, start_run
 
 # %% ../../nbs/training/06_finetune.ipynb #0bdc246e
 @dataclass(frozen=True)

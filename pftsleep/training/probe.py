@@ -34,7 +34,7 @@ from ..models.transformer import PatchTransformer, Tokens, n_parameters
 from .augmentations import cutmix
 from .losses import staging_loss
 from .pretrain import PretrainConfig, drop_channels, pretrain
-from .runs import LoopConfig, Training, finish_run, fit, history, one_thread, seeded, start_run, weights_hash
+from .runs import LoopConfig, Training, finish_run, fit, global_mean, history, one_thread, seeded, start_run, weights_hash
 
 # %% ../../nbs/training/03_probe.ipynb #3726efe8
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StageTraining(Training):
     def batch_loss(self, batch: Mapping, generator: torch.Generator) -> Tensor:
         x, pad, stages = batch["x"], batch["pad"], batch["stages"]
         if self.training: x, pad, stages = spoil(x, pad, stages, self.config, generator)
-        return self.loss(self.stager(x, pad), stages)
+        return global_mean(self.loss(self.stager(x, pad), stages), (stages != Stage.UNSCORED).sum())
 
 class ProbeTraining(Training):
     "A head trained on tokens that a frozen encoder gave once; its standardisation is fixed beforehand."
@@ -85,7 +85,7 @@ class ProbeTraining(Training):
     def batch_loss(self, batch: Mapping, generator: torch.Generator) -> Tensor:
         x, pad, stages = batch["x"].mT, batch["pad"], batch["stages"]
         if self.training: x, pad, stages = spoil(x, pad, stages, self.config, generator)
-        return self.loss(self.head(Tokens(x.mT, pad, seconds_read(self.head))), stages)
+        return global_mean(self.loss(self.head(Tokens(x.mT, pad, seconds_read(self.head))), stages), (stages != Stage.UNSCORED).sum())
 
 def seconds_read(
     head: LinearProbe | Head,

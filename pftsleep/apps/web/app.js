@@ -57,7 +57,7 @@ function signOut() {
   byId("corrections").querySelector("ol").replaceChildren();
   for (const id of ["hypnogram", "hypnodensity", "spectrogram", "actogram"]) byId(id).width = 1; // empties it
   for (const id of ["night-view", "week-view"]) byId(id).removeAttribute("aria-valuetext");
-  byId("sign-in").hidden = false; byId("key").value = byId("subject-night").value = ""; byId("key").focus();
+  byId("sign-in").hidden = false; byId("key").value = byId("subject-night").value = byId("channels-night").value = ""; byId("key").focus();
 }
 
 async function fillModels() {
@@ -159,7 +159,7 @@ function send(url, file, headers, progress) {
 const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, "0")).join("");
 
 async function sendNight(file) {
-  const query = new URLSearchParams({model: byId("model-night").value, subject: byId("subject-night").value, allow_missing: byId("missing-night").checked}), mine = session.key;
+  const query = new URLSearchParams({model: byId("model-night").value, subject: byId("subject-night").value, channels: byId("channels-night").value.split(",").map(c => c.trim()).filter(Boolean).join(","), allow_missing: byId("missing-night").checked}), mine = session.key;
   let told = -1;
   try {
     const job = await send(`/v1/nights?${query}`, file, {"Content-Type": "application/octet-stream", "Idempotency-Key": newKey()}, f => { const tenth = Math.floor(10 * f); if (tenth > told) { told = tenth; say(`Sending ${file.name}: ${10 * tenth} %`); } });

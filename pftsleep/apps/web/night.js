@@ -2,6 +2,7 @@
 "use strict";
 
 const night = {id: null, result: null, at: 0, busy: false};
+const BLANK = "1985-01-01"; // what a date is blanked to
 const KEYS = [["w", "W"], ["1", "N1"], ["2", "N2"], ["3", "N3"], ["r", "REM"], ["u", "UNSCORED"]];
 const SUMMARY = ["tst_min", "sleep_efficiency_percent", "sol_min", "waso_min", "rem_latency_min"];
 
@@ -9,7 +10,7 @@ function showNight(id, result) {
   Object.assign(night, {id, result, at: Math.min(night.id === id ? night.at : 0, Math.max(0, result.stages.length - 1))});
   const r = result, about = r.about, model = about.model, hand = r.corrections.length;
   byId("night").hidden = false;
-  byId("night-title").textContent = `Night${r.recording.start ? " of " + r.recording.start.slice(0, 10) : ""}${files.has(id) ? " from " + files.get(id) : ""}`;
+  byId("night-title").textContent = `Night${!r.recording.start || r.recording.start.startsWith(BLANK) ? "" : " of " + r.recording.start.slice(0, 10)}${files.has(id) ? " from " + files.get(id) : ""}`;
   byId("night-about").textContent = `${r.stages.length} epochs of ${r.epoch_seconds} s, by ${model.name} ${model.version} (${model.model_hash.slice(0, 12)}…), pftsleep ${about.software.version}. ${about.statement}`;
   byId("night-warnings").replaceChildren(...[...(model.fallback_from ? [`Version ${model.fallback_from} could not be verified; this is an older one.`] : []), ...r.warnings].map(item));
   const told = SUMMARY.filter(k => r.statistics[k]).map(k => `${r.statistics[k].name} ${shown(r.statistics[k].value, r.statistics[k].unit)}`);
@@ -67,35 +68,46 @@ function hours(s, r, y) {
 
 function drawDensity(r) {
   const s = surface(byId("hypnodensity")), g = s.g;
+  const inks = STAGES.map(name => [ORDER.indexOf(name), color(name)]);
   g.fillText("100 %", 4, 7); g.fillText("0 %", 4, s.height - 7);
   r.stages.forEach((_, i) => {
     const p = r.probabilities[i], x = xOf(s, r, i), width = xOf(s, r, i + 1) - x;
     if (!p) { missing(g, x, 0, width, s.height); return; }
     let y = 0;
-    for (const name of STAGES) { const h = p[ORDER.indexOf(name)] * s.height; g.fillStyle = color(name); g.fillRect(x, y, width + .6, h); y += h; }
+    for (const [k, ink] of inks) { const h = p[k] * s.height; g.fillStyle = ink; g.fillRect(x, y, width + .6, h); y += h; }
   });
   cursor(s, xOf(s, r, night.at + .5));
 }
 
-function drawSpectrogram(r) {
-  const s = surface(byId("spectrogram")), g = s.g, map = r.spectrogram, caption = byId("spectrogram-caption");
-  const values = map ? map.db.filter(Boolean).flat().filter(v => v !== null).sort((a, b) => a - b) : [];
-  if (!values.length) { caption.textContent = "There is no spectrogram: no EEG was found, or it is too short."; return; }
-  const low = values[Math.floor(values.length * .05)], high = values[Math.floor(values.length * .98)], top = map.frequencies.at(-1);
-  caption.textContent = `Spectrogram of ${map.channel}, from ${low.toFixed(0)} (dark blue) to ${high.toFixed(0)} ${map.unit} (bright yellow)`;
-  const n = map.frequencies.length, wide = map.seconds_per_column / r.epoch_seconds;
-  missing(g, MARGIN.left, 0, s.inner, s.height);
-  const picture = document.createElement("canvas"), p = (picture.width = map.db.length, picture.height = n, picture.getContext("2d")), data = p.createImageData(map.db.length, n);
+const pictures = new WeakMap(); // of spectrograms, painted once
+
+function pictureOf(map) { // {canvas, low, high}; null where nothing is known
+  if (!map) return null;
+  if (pictures.has(map)) return pictures.get(map);
+  const values = map.db.filter(Boolean).flat().filter(v => v !== null).sort((a, b) => a - b), n = map.frequencies.length;
+  if (!values.length) return null;
+  const low = values[Math.floor(values.length * .05)], high = values[Math.floor(values.length * .98)], canvas = document.createElement("canvas");
+  canvas.width = map.db.length; canvas.height = n;
+  const p = canvas.getContext("2d"), data = p.createImageData(map.db.length, n);
   map.db.forEach((column, x) => (column || []).forEach((v, f) => {
     const at = 4 * ((n - 1 - f) * map.db.length + x);
     if (v !== null) { data.data.set(heat((v - low) / (high - low || 1)), at); data.data[at + 3] = 255; }
   }));
   p.putImageData(data, 0, 0);
+  pictures.set(map, {canvas, low, high});
+  return pictures.get(map);
+}
+
+function drawSpectrogram(r) {
+  const s = surface(byId("spectrogram")), g = s.g, map = r.spectrogram, picture = pictureOf(map), caption = byId("spectrogram-caption");
+  if (!picture) { caption.textContent = "There is no spectrogram: no EEG was found, or it is too short."; return; }
+  caption.textContent = `Spectrogram of ${map.channel}, from ${picture.low.toFixed(0)} (dark blue) to ${picture.high.toFixed(0)} ${map.unit} (bright yellow)`;
+  missing(g, MARGIN.left, 0, s.inner, s.height);
   g.imageSmoothingEnabled = false;
   g.save(); g.beginPath(); g.rect(MARGIN.left, 0, s.inner, s.height); g.clip(); // its columns begin with the recording, the epochs maybe later
-  const first = xOf(s, r, -r.onset_s / r.epoch_seconds);
-  g.drawImage(picture, first, 0, s.inner * map.db.length * wide / r.stages.length, s.height);
+  g.drawImage(picture.canvas, xOf(s, r, -r.onset_s / r.epoch_seconds), 0, s.inner * map.db.length * map.seconds_per_column / r.epoch_seconds / r.stages.length, s.height);
   g.restore();
+  const top = map.frequencies.at(-1);
   for (const f of [10, 20, 30].filter(f => f < top - 1)) { const y = s.height * (1 - f / top); g.fillText(`${f} Hz`, 4, y); stroke(g, [[MARGIN.left - 5, y], [MARGIN.left, y]]); }
   cursor(s, xOf(s, r, night.at + .5));
 }

@@ -20,8 +20,9 @@ async function sendWeek(file) {
     if (session.key !== mine) return;
     showWeek(rhythm, explain, why); say(why ? `The rhythm is here; the model had no answer: ${why}` : "The week is here.", !!why); byId("week-title").focus(); byId("week").scrollIntoView();
   } catch (e) {
-    complain(e);
-    if (e.code === "bad_unit" && !unit) { week.waits = file; byId("unit-week").focus(); } // nobody guesses it
+    if (e.code !== "bad_unit" || unit) return complain(e);
+    week.waits = file; byId("unit-week").focus(); // nobody guesses it
+    say("The file doesn't say in which unit its values are: choose it, and the week is sent.", true);
   }
 }
 
@@ -33,11 +34,11 @@ function showWeek(rhythm, explain, why) {
   byId("week-about").textContent = `${(100 * quality.coverage).toFixed(1)} % measured, ${quality.missing_minutes} minutes missing, unit ${quality.unit}` +
     (quality.imputed_fraction ? `, ${(100 * quality.imputed_fraction).toFixed(1)} % filled in` : "") +
     (model ? `. Attention by ${model.name} ${model.version} (${model.model_hash.slice(0, 12)}…)` : "") + `. ${rhythm.about.statement}`;
-  byId("week-warnings").replaceChildren(...[...new Set([...quality.warnings, ...(explain ? explain.about.quality.warnings : [])])].map(item));
+  byId("week-warnings").replaceChildren(...[...new Set([...(model && model.fallback_from ? [`Version ${model.fallback_from} could not be verified; this is an older one.`] : []), ...quality.warnings, ...(explain ? explain.about.quality.warnings : [])])].map(item));
   const rows = Object.entries(r.statistics).filter(([k]) => !(k.endsWith("_h") && r.statistics[k.slice(0, -2)])); // the clock time says the same
   if (r.sleep_wake && r.sleep_wake.SRI) rows.push(["Sleep regularity (SRI)", r.sleep_wake.SRI]);
   fillTable(byId("rhythm"), rows.map(([k, s]) => [s.name || LONG[k] || k.replaceAll("_", " "), shown(s.value, s.unit === "activity per epoch" ? `${week.unit} a minute` : s.unit), [s.definition, s.source].filter(Boolean).join("; ")]));
-  const slept = r.sleep_wake ? `; the line above them is sleep by ${r.sleep_wake.scorer.name}` : "";
+  const slept = r.sleep_wake ? `; the line above them marks periods of sleep (${r.sleep_wake.scorer.name}, ${r.sleep_wake.scorer.periods})` : "";
   byId("week-caption").textContent = `Bars are means of ten minutes in ${week.unit}${slept}${week.explain ? "; the strip below is the model's attention, brighter where there was more" : ""}; hatched is not measured.`;
   byId("attention").textContent = !week.explain ? (why ? "There is no attention strip." : "No model of weeks is ready, so there is no attention strip.") :
     `Each ${week.explain.patch_minutes} minutes received at most ${shown(week.explain.flatness.max_mean)} times the mean attention` + (week.explain.flatness.flat ? ": so little that the pattern means nothing." : ".") + " Attention is not the reason for an answer.";
@@ -56,7 +57,7 @@ function weekPlan() { // where a minute of the week lies
 function drawWeek() {
   if (!week.rhythm) return;
   const s = surface(byId("actogram")), g = s.g, bins = week.rhythm.activity, {start, lead, days} = weekPlan(), row = (s.height - 22) / days;
-  const known = bins.values.filter(v => v !== null).sort((a, b) => a - b), top = known[Math.floor(.98 * (known.length - 1))] || 1, strip = week.explain ? Math.max(5, row * .2) : 0, tall = row - strip - 10;
+  const known = bins.values.filter(v => v !== null).sort((a, b) => a - b), top = known[Math.floor(.98 * (known.length - 1))] || 1, strip = week.explain ? Math.max(5, row * .2) : 0, tall = row - strip - 13;
   const part = (from, minutes, draw) => { // of the week, in the rows of one day or two
     for (let m = from; m < from + minutes;) {
       const at = (m + lead) % DAY_MINUTES, n = Math.min(from + minutes - m, DAY_MINUTES - at);
@@ -65,14 +66,15 @@ function drawWeek() {
     }
   };
   bins.values.forEach((v, k) => part(k * bins.minutes, bins.minutes, (x, y, width) => {
-    if (v === null) return missing(g, x, y + 6, width + .5, row - 8);
+    if (v === null) return missing(g, x, y + 9, width + .5, row - 11);
     const h = tall * Math.min(1, v / top);
-    g.fillStyle = color("bar"); g.fillRect(x, y + 6 + tall - h, Math.max(width, .7) + .3, h);
+    g.fillStyle = color("bar"); g.fillRect(x, y + 9 + tall - h, Math.max(width, .7) + .3, h);
   }));
   if (strip) drawStrip(g, bins, part, row - strip - 2, strip);
+  g.fillStyle = color("ink");
   for (const p of week.rhythm.sleep_wake ? week.rhythm.sleep_wake.periods : []) {
-    const from = (new Date(p.in_bed + "Z") - start) / 6e4, to = (new Date(p.out_bed + "Z") - start) / 6e4;
-    part(Math.max(0, from), Math.min(7 * DAY_MINUTES, to) - Math.max(0, from), (x, y, width) => { g.fillStyle = color("ink"); g.fillRect(x, y + 2, width, 2.5); });
+    const bin = t => (new Date(t + "Z") - start) / 6e4 / bins.minutes, from = Math.max(0, bin(p.in_bed)), to = Math.min(bins.values.length, bin(p.out_bed));
+    for (let k = Math.floor(from); k < to; k++) if (bins.values[k] !== null) part(Math.max(k, from) * bins.minutes, (Math.min(k + 1, to) - Math.max(k, from)) * bins.minutes, (x, y, width) => g.fillRect(x, y + 4, width + .3, 3));
   }
   dayLabels(s, start, days, row);
   part(week.at * 60, 60, (x, y, width) => { g.strokeStyle = color("paper"); g.lineWidth = 4; g.strokeRect(x, y + 1, width, row - 2); g.strokeStyle = color("ink"); g.lineWidth = 2; g.strokeRect(x, y + 1, width, row - 2); });
