@@ -347,6 +347,7 @@ def write(folder: Path, b: Bouts) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_both_scripts_from_arrays_to_predictions(tmp_path):
     data = write(tmp_path / "data", herd())
     run = lambda script, *a: subprocess.run([sys.executable, ROOT / f"jobs/model_training/{script}.py", "--config", ROOT / f"jobs/model_training/{script}.yaml", *map(str, a)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -425,6 +424,7 @@ def run(script: str, *arguments) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_scripts_from_files_to_figures(study, tmp_path):
     "Each with its own YAML file: extract, prepare, (an encoder that has learned nothing,) embed, evaluate; and the original's table of epochs."
     folder, _ = study
@@ -446,9 +446,3 @@ def test_the_scripts_from_files_to_figures(study, tmp_path):
     result = pd.read_csv(tmp_path / "results" / "stages.csv")
     assert set(result["model"]) == {"probe", "random encoder", "majority"} and "stages.csv" in said and (tmp_path / "results" / "stages_upstream.csv").exists()
     assert json.loads((tmp_path / "results" / "stages.json").read_text())["split"] == json.loads((tmp_path / "split.json").read_text())["hash"]
-
-
-@pytest.mark.parametrize("script", ["extract", "prepare", "embed", "evaluate"])
-def test_yaml_and_help_agree(script):
-    said = subprocess.run([sys.executable, ROOT / "jobs" / "cinc2018" / f"{script}.py", "--help"], capture_output=True, text=True, check=True).stdout
-    for setting in yaml.safe_load((ROOT / "jobs" / "cinc2018" / f"{script}.yaml").read_text()): assert setting in said

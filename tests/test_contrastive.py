@@ -168,6 +168,7 @@ def _process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_batch(tmp_path):
     "Loss, gradients (averaged, as DDP does) and the scale's gradient are those of one process on all clips."
     mp.spawn(_process, (str(tmp_path),), 2)
@@ -266,6 +267,7 @@ def test_an_encoder_of_convolutions_for_each_modality(store, split, tmp_path):
     assert isinstance(optimiser["optimizer"], torch.optim.SGD) and optimiser["lr_scheduler"].step_size == 5
 
 
+@pytest.mark.slow
 def test_any_module_can_be_an_encoder_and_goes_on_from_where_it_is(store, split, tmp_path):
     class Loudness(nn.Module):
         def __init__(self, channels): super().__init__(); self.norm, self.fc = nn.BatchNorm1d(channels), nn.Linear(channels, 8)

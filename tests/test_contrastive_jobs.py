@@ -78,6 +78,7 @@ def test_cinc_pretraining_is_read_by_the_next_step(tmp_path):
 
 # the ablation
 
+@pytest.mark.slow
 def test_the_ablation_from_a_store_to_a_table(store, tmp_path):
     small = {f"--train.{k}": v for k, v in dict(modalities=json.dumps({k: list(v) for k, v in MODALITIES.items()}), window=2, patch_seconds=5, d_model=8, n_layers=1, width=8, epochs=1, batch_size=8, accelerator="cpu", loggers="[]").items()}
     said = run("model_training/contrastive_ablation.py", store.path, tmp_path / "runs", *[x for pair in small.items() for x in pair], "--probe.epochs", 1, "--probe.accelerator", "cpu", "--probe.loggers", "[]", "--seeds", "[0]")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from pftsleep.data.cohorts import FOLDER
-from pftsleep.data.convert import convert, dask_workers
+from pftsleep.data.convert import convert, dask_workers, worker_pool
 from pftsleep.data.edf import write_edf
 from pftsleep.data.recording import Recording, array_channel
 from pftsleep.data.signals import Recipe
@@ -152,6 +152,7 @@ def test_bad_files_land_in_the_ledger_and_the_rest_goes_on(tmp_path):
     assert {x["id"] for x in lines} == set(by_id)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(source, reference, tmp_path):
     """A worker that is killed from outside (as by the kernel when memory runs out) doesn't take the run along: its nights are tried again."""
     store = tmp_path / "store"
@@ -186,12 +187,22 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("what", "workers"), [("convert", "own"), ("convert", "given"), ("prepare", "own"), ("prepare", "given")])
+@pytest.mark.parametrize(("what", "workers"), [("convert", "own"), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("convert", "given"), ("prepare", "own"), ("prepare", "given")))])
 def test_a_night_that_kills_its_worker_fails_alone(source, tmp_path, what, workers):
     (tmp_path / "deadly.py").write_text(DEADLY)
     done = subprocess.run([sys.executable, tmp_path / "deadly.py", source, tmp_path / "store", what, workers], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "11 done, 0 skipped, 1 failed" in done.stdout and "n03: BrokenProcessPool" in done.stdout and "a worker process died" in done.stdout, done.stdout
+
+
+def test_a_pool_that_is_broken_before_it_takes_a_night(tmp_path):
+    "Handing out the nights fails, too; another pool does them."
+    (tmp_path / "files").mkdir()
+    write_night(tmp_path / "files", "a", 0)
+    with worker_pool(1) as pool:
+        with pytest.raises(BrokenExecutor): pool.submit(os._exit, 1).result(60)
+        ledger = convert(FOLDER, tmp_path / "files", tmp_path / "store", RECIPE, pool)
+    assert [(o.id, o.status) for o in ledger.outcomes] == [("a", "done")]
 
 
 def test_no_identity_in_the_store(tmp_path):

@@ -172,7 +172,7 @@ def test_source_links_lead_to_the_line(browser, url):
     assert (ROOT / "pftsleep/data/recording.py").read_text().splitlines()[line - 1].startswith("def array_channel(")
 
 
-@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("width", [390, pytest.param(1400, marks=pytest.mark.slow)])
 def test_no_page_is_wider_than_the_window(browser, site, url, width):
     "Wide code and tables scroll in their own boxes."
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))

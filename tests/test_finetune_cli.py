@@ -197,6 +197,7 @@ def test_the_yaml_files_hold_the_published_settings():
     assert tuple(read("finetune_pat")["tasks"]) == TASKS and "H" not in read("train_pat")["cycles"]
 
 
+@pytest.mark.slow
 def test_the_jobs_from_the_survey_s_files_to_a_table(tmp_path):
     "Files in the survey's layout -> weeks and labels -> pretraining -> table; both scripts with their YAML files made small, and again."
     truth = simulate_nhanes(tmp_path / "files", "D", 40, seed=1)

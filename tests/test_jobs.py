@@ -53,12 +53,16 @@ def run(script: str, *arguments) -> str:
     return done.stdout
 
 
+def within(monkeypatch, script: str, *arguments) -> None:
+    "A script in this process: each of many processes would import torch anew."
+    monkeypatch.setattr(sys, "argv", [str(JOBS / script), *map(str, arguments)])
+    try: runpy.run_path(str(JOBS / script), run_name="__main__")
+    except SystemExit as end: assert not end.code
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, monkeypatch, capsys):
-    "In this process: each of fifty processes would import torch anew."
-    monkeypatch.setattr(sys, "argv", [str(JOBS / script), "--help"])
-    with pytest.raises(SystemExit) as end: runpy.run_path(str(JOBS / script), run_name="__main__")
-    assert not end.value.code
+    within(monkeypatch, script, "--help")
     said = capsys.readouterr().out
     for setting in yaml.safe_load((JOBS / CONFIGS[script]).read_text()): assert setting in said # of the YAML file beside it
 
@@ -83,6 +87,7 @@ def test_the_way_from_files_to_a_stager(tmp_path):
     assert set(pd.read_csv(tmp_path / "ablation" / "ablation.csv")["name"]) == {"masked-0.5-6s", "0.1-0.5-6s"}
 
 
+@pytest.mark.slow
 def test_the_published_model_is_trained_by_its_own_scripts(tmp_path):
     "SHHS in its layout -> the seven channels -> encoder -> classifier, both YAML files made small; then again, which goes on where it ended."
     config = lambda script: (script, "--config", JOBS / script.replace(".py", ".yaml"))
@@ -120,12 +125,12 @@ def test_the_readme_names_what_is_there():
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_in_its_real_layout(study, tmp_path):
+def test_a_study_in_its_real_layout(study, tmp_path, monkeypatch):
     "Files as the study has them -> tables of stages and a store, each by its own script and YAML file."
     config = lambda what: yaml.safe_load((JOBS / study / f"{what}.yaml").read_text())
     truth = simulate_files(config("store")["cohort"], tmp_path / "files", n_subjects=1, hours=.1)
-    run(f"{study}/build_hypnograms.py", "--config", JOBS / study / "hypnograms.yaml", tmp_path / "files", tmp_path / "tables")
-    run(f"{study}/build_store.py", "--config", JOBS / study / "store.yaml", tmp_path / "files", tmp_path / "store", "--workers", 1)
+    within(monkeypatch, f"{study}/build_hypnograms.py", "--config", JOBS / study / "hypnograms.yaml", tmp_path / "files", tmp_path / "tables")
+    within(monkeypatch, f"{study}/build_store.py", "--config", JOBS / study / "store.yaml", tmp_path / "files", tmp_path / "store", "--workers", 1)
     store, tables = open_store(tmp_path / "store"), pd.read_csv(tmp_path / "tables" / "sleep.csv")
     assert len(store) == len(tables) == truth
     assert set(store.manifest["channels"]) == {";".join(select_names(config("store")["channels"]))} and set(store.manifest["rates"].str.split(";").explode()) == {"100"}
@@ -156,6 +161,7 @@ def trials_of(store, out: Path, space=SPACE, train=None, **search) -> Trials:
     return Trials(store, make_split(store.manifest, seed=0), out, space, StudyConfig(**dict(trials=3) | search), PretrainConfig(**dict(d_model=16, n_layers=1) | small | (train or {})), StagingConfig(**small), progress=False)
 
 
+@pytest.mark.slow
 def test_a_study_from_its_yaml_file_to_the_training_scripts(noise, tmp_path):
     "Three trials, one more after that, and the best settings where they belong."
     small = [f"--{part}.{k}={v}" for part in ("train", "probe") for k, v in dict(epochs=1, batch_size=2, accelerator="cpu").items()]
@@ -172,6 +178,7 @@ def test_a_study_from_its_yaml_file_to_the_training_scripts(noise, tmp_path):
     assert Split.load(tmp_path / "study/best/classifier/split.json").hash == Split.load(tmp_path / "study/split.json").hash # the people that chose the settings are still no test
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_as_if_nothing_had_happened(noise, tmp_path):
     whole = search_settings(trials_of(noise, tmp_path / "whole"))
     command = [sys.executable, JOBS / "model_training/study.py", noise.path, tmp_path / "killed", "--space", str(SPACE).replace("'", '"').replace("True", "true"), "--search.trials=3", "--train.d_model=16", "--train.n_layers=1",
@@ -238,7 +245,7 @@ def test_what_cannot_be_searched(space, objective, said):
 
 def test_every_field_of_a_pretraining_is_judged():
     "Whoever adds a setting has to say whether losses can be compared across it."
-    compared = {"epochs", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay", "clip", "workers", "precision", "devices", "accelerator", "strategy", "loggers", "preset", "d_model", "n_layers", "frugal"}
+    compared = {"epochs", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay", "clip", "workers", "precision", "devices", "nodes", "accelerator", "strategy", "loggers", "preset", "d_model", "n_layers", "frugal"}
     assert {f.name for f in dataclasses.fields(PretrainConfig)} - training.OTHER_LOSS - compared == set()
 
 

@@ -218,7 +218,7 @@ def interrupted(number: int, out: Path, *arguments) -> subprocess.CompletedProce
     return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda n: n.name)
 def test_pretraining_goes_on_where_it_was_stopped(number, work, store, pretrained):
     out = work / f"run-{number.name}"
     line = "pretrain", store.path, out, "--train.epochs", EPOCHS, *TINY, "--split", pretrained.path / "split.json"

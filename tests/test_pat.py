@@ -159,9 +159,9 @@ def test_two_dropouts_in_a_block():
     m = MaskedAutoencoder(published_form(replace(PAT.S, dropout=.5))).train()
     rates = {name: d.p for name, d in m.named_modules() if isinstance(d, torch.nn.Dropout)}
     assert {name for name, p in rates.items() if p} == {"encoder.blocks.0.drop", "decoder.drop"}
-    assert m.encoder.blocks[0].attention.dropped == 0 # none on the weights
+    assert m.encoder.blocks[0].attention.drop_weights is None # none on the weights
     aar = PatchTransformer(PatchConfig.aar()).train()
-    assert aar.blocks[0].attention.dropped == .1 and aar.drop.p == 0 and aar.blocks[0].feed_forward[2].p == .1 and aar.blocks[0].attention.drop.p == 0
+    assert aar.blocks[0].attention.drop_weights.p == .1 and aar.drop.p == 0 and aar.blocks[0].feed_forward[2].p == .1 and aar.blocks[0].attention.drop.p == 0
 
 
 # ---- missing minutes and other lengths ----

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,8 +20,8 @@ from test_pat import FIXTURES, in_keras, needs_fixtures, shaken, written
 
 from pftsleep.apps import registry as reg
 from pftsleep.apps.registry import RESEARCH_USE, Registry, RegistryError, new_signing_key, publish_model, read_bundle, read_manifest, serve_bundle, version_key
-from pftsleep.data.signals import Recipe
-from pftsleep.data.standardise import Standardiser, save_standardiser
+from pftsleep.data.signals import Recipe, content_hash
+from pftsleep.data.standardise import Standardiser, plain_standardiser, save_standardiser
 from pftsleep.errors import ConfigError, ModelError, PFTSleepError, RequestError
 from pftsleep.models import transformer
 from pftsleep.models.heads import LinearProbe
@@ -572,3 +573,12 @@ def test_another_process_without_lightning_gives_the_same_bytes(published): # de
     before, version, out = done.stdout.strip().split("|")
     assert "pftsleep" not in before and (version, out) == ("1.1", answer_of(pat(seed=50)).numpy().tobytes().hex())
     if "fine-tuned" in before: pytest.skip("pftsleep.training.finetune imports lightning: serving a week_task needs the extra `train` until it doesn't (everything else was checked)")
+
+
+def test_hashes_of_scalers_that_begin_at_midnight_are_those_of_earlier_versions():
+    "The hour of other weeks came later; a manifest that was signed before must still hold."
+    by, earlier = column(), ("strategy", "mean", "sd", "unit", "cohort", "n", "split", "part", "at_midnight")
+    plain = {k: v.tolist() if isinstance(v := getattr(by, k), np.ndarray) else v for k in earlier}
+    assert reg._scaler_hash(by) == content_hash({"": plain})
+    assert list(plain_standardiser(by)) == ["kind", *earlier, "people"]
+    assert reg._scaler_hash(replace(by, at_midnight=False, begins=600)) != reg._scaler_hash(replace(by, at_midnight=False, begins=900))

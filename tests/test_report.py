@@ -2,6 +2,7 @@
 import errno
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,6 @@ import threading
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -139,10 +139,8 @@ def test_tables_of_any_kind():
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "r.html"
     assert Report("first").save(path) == path
-    def full(self, *args, **kwargs):
-        self.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", full)
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left") as caught: Report("second").save(path)
     assert caught.value.path == path and caught.value.remedy
     assert "first" in path.read_text() and list(tmp_path.iterdir()) == [path]

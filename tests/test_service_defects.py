@@ -371,7 +371,7 @@ def test_a_record_of_each_load_and_each_prediction(tmp_path):
     actions = [r["action"] for r in records]
     assert {"nights.submit", "nights.read", "nights.correct", "subjects.delete"} <= set(actions) and actions.count("nights.read") == 2
     raw = b"".join(p.read_bytes() for p in (w.data / "audit").rglob("*") if p.is_file())
-    for secret in (b"4711", b"918273", w.key("clinician").encode(), b"embedding"): assert secret not in raw
+    for secret in (b"P-4711", b"918273", w.key("clinician").encode(), b"embedding"): assert secret not in raw
     assert w.service.audit.verify().ok
 
 def test_without_a_record_no_answer(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The scripts around the package: what they convert, count and compare."""
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -129,9 +128,14 @@ def test_a_failing_notebook_fails(tmp_path):
     cell = lambda source: dict(cell_type="code", source=source, metadata={}, outputs=[], execution_count=None, id="a")
     def status(*sources, skip="", force="") -> int:
         path.write_text(json.dumps(dict(cells=[cell(s) for s in sources], metadata={"kernelspec": {"name": "python3", "language": "python"}}, nbformat=4, nbformat_minor=5)))
-        return subprocess.run([sys.executable, "-c", check.NOTEBOOK, str(path), skip, force], cwd=ROOT, capture_output=True).returncode
+        job = check.Job("a notebook", [], dict(path=str(path), skip=skip, force=force))
+        return check.run_notebook(job, tmp_path / "log")
     assert status("assert 1 == 1") == 0
     assert status("x = 1", "assert x == 2") == 1
     assert status("#| slow\nassert False", skip="gpu slow") == 0
     assert status("#| slow\nassert False", skip="gpu slow", force="slow") == 1
     assert status("#| gpu\nassert False", skip="gpu slow", force="slow") == 0
+    assert status("import os; os._exit(7)") == 7 and status("kept = 1") == 0 and status("kept") == 1, "each in a process of its own"
+    path.write_text(path.read_text().replace('"kept"', '"import time; time.sleep(60)"'))
+    job = check.Job("hang", [], dict(path=str(path), skip="", force=""), timeout=1)
+    assert check.run_notebook(job, tmp_path / "log") == -1 and "stopped after 1 s" in job.note and status("x = 1") == 0

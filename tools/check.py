@@ -9,12 +9,15 @@ line `N passed, M failed`: tests of pytest, notebooks, and checks together.
 """
 import argparse
 import contextlib
+import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,15 +28,14 @@ from processed import ROOT, notebooks
 
 LOGS = ROOT / "build" / "check"
 PY = sys.executable
-NOTEBOOK = "import sys; from pathlib import Path; from nbdev.test import test_nb; " \
-    "sys.exit(not test_nb(Path(sys.argv[1]).resolve(), skip_flags=sys.argv[2].split(), force_flags=sys.argv[3].split(), basepath='.')[0])"
 
 
 @dataclass
 class Job:
     "One command, and what came of it."
     name: str
-    command: list[str]
+    command: list[str] # empty for a notebook
+    notebook: dict[str, str] | None = None # path, skip, force: see tools/notebooks.py
     step: str = "" # line of the summary; several jobs may share one
     timeout: float = 900 # s
     after: str = "" # name of a job that has to end first
@@ -61,13 +63,13 @@ def fast_jobs(logs: Path) -> list[Job]:
     ]
 
 
-LONG = {"jobs": 110, "docs_site": 130, "journey": 85, "convert": 67, "cinc_pipeline": 64, "contrastive": 42, "finetune_cli": 40, "embed": 38, "store": 38, "training": 37, "fuzz": 37} # s; the others take about 10
+LONG = {"docs_site": 130, "jobs": 90, "convert": 75, "journey": 75, "contrastive": 48, "embed": 38, "export": 32, "store": 32, "training": 32, "finetune_cli": 30, "cinc_pipeline": 25, "staging": 23, "fuzz": 22, "segments": 22, "sleepfm": 21, "registry": 21, "house": 19, "download": 19, "simulate": 19, "jobs_queue": 18, "week_requests": 18, "service_defects": 17, "service_page": 17, "events": 17, "pat": 16, "service_load": 15, "bouts": 14, "weights": 14} # s; the others take about 8
 
 
 def halves() -> list[list[str]]:
     "The files of tests in two parts that take about the same time, so that both cores have something to do."
     parts: list[list[Path]] = [[], []]
-    seconds = lambda path: LONG.get(path.stem.removeprefix("test_"), 10)
+    seconds = lambda path: LONG.get(path.stem.removeprefix("test_"), 8)
     for path in sorted((ROOT / "tests").glob("test_*.py"), key=lambda p: (-seconds(p), p)): min(parts, key=lambda part: sum(map(seconds, part))).append(path)
     return sorted(([p.relative_to(ROOT).as_posix() for p in sorted(part)] for part in parts), key=lambda part: "tests/test_docs_site.py" in part) # that one waits for the site
 
@@ -97,14 +99,43 @@ def notebook_jobs(paths: list[Path], flags: str, timeout: float = 300) -> list[J
     config.read(ROOT / "settings.ini", encoding="utf8")
     skip = config["DEFAULT"]["tst_flags"]
     names = [p.relative_to(ROOT).as_posix() for p in sorted(paths, key=lambda p: -p.stat().st_size)]
-    return [Job(name, [PY, "-c", NOTEBOOK, name, skip, flags], step="notebooks", timeout=timeout) for name in names]
+    return [Job(name, [], dict(path=name, skip=skip, force=flags), step="notebooks", timeout=timeout) for name in names]
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PFTSLEEP_SITE": str(ROOT / "_docs")}
+OWN = threading.local() # of each thread that runs jobs: the process that executes its notebooks
+
+
+def executor() -> subprocess.Popen:
+    "The process that forks notebooks for this thread; a new one when the last has died."
+    if (process := getattr(OWN, "process", None)) is None or process.poll() is not None:
+        OWN.process = process = subprocess.Popen([PY, "tools/notebooks.py"], cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) # unbuffered, for `select`
+    return process
+
+
+def run_notebook(job: Job, log: Path) -> int: # exit status; -1 when it was stopped
+    process = executor()
+    process.stdin.write(json.dumps(job.notebook | {"log": str(log)}).encode() + b"\n")
+    pid = int(process.stdout.readline())
+    if select.select([process.stdout], [], [], job.timeout)[0]: code = int(process.stdout.readline())
+    else: job.note, code = f"stopped after {job.timeout:g} s", -1
+    with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL) # and what it left behind
+    if code == -1: process.stdout.readline()
+    return code
 
 
 def run(job: Job, jobs: dict[str, Job], logs: Path) -> None:
     if job.after in jobs: jobs[job.after].done.result()
     started = time.monotonic()
     log = logs / (re.sub(r"\W+", "-", job.name) + ".log")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(logs / f"coverage.{log.stem}"), "PFTSLEEP_SITE": str(ROOT / "_docs")}
+    code = run_notebook(job, log) if job.notebook else run_command(job, log, logs)
+    job.seconds = time.monotonic() - started
+    judge(job, code)
+    report(job, log)
+
+
+def run_command(job: Job, log: Path, logs: Path) -> int: # exit status; -1 when it was stopped
+    env = ENV | {"COVERAGE_FILE": str(logs / f"coverage.{log.stem}")}
     with log.open("w") as out:
         process = subprocess.Popen(job.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try: code = process.wait(job.timeout)
@@ -113,9 +144,7 @@ def run(job: Job, jobs: dict[str, Job], logs: Path) -> None:
         finally:
             with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL) # and what it left behind
             process.wait()
-    job.seconds = time.monotonic() - started
-    judge(job, code)
-    report(job, log)
+    return code
 
 
 def judge(job: Job, code: int) -> None:

@@ -29,6 +29,7 @@ from ..data.store import Store, open_store
 from ..errors import PFTSleepError, StoreError
 from ..evaluation.plots import plot_hypnodensity, plot_hypnogram, plot_spectrogram
 from ..evaluation.report import Report
+from ..files import write_whole
 from ..models.stager import Stager
 from ..models.transformer import n_parameters
 from ..training.pretrain import PretrainConfig, new_encoder, pretrain
@@ -163,5 +164,5 @@ def run_demo(
     metrics = dict(pftsleep=__version__, config=asdict(config), recipe=store.recipe_hash, split=split.hash, seconds=clock.seconds,
         weights={n: s.provenance["weights"] for n, s in stagers.items()},
         results={n: json.loads(p.metrics()[["pooled", "night_median", "ci_low", "ci_high"]].to_json(orient="index")) for n, p in results.items()})
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_whole(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics

@@ -7,7 +7,6 @@ __all__ = ['load_encoder', 'Item', 'is_weeks_file', 'find_items', 'is_weekly', '
            'encode_long', 'EmbedJob', 'embedding_row', 'begin', 'gather', 'token_file', 'embed_items', 'embed']
 
 # %% ../../nbs/apps/09_embedding.ipynb #8481e1c7
-import base64
 import json
 import os
 import re
@@ -42,7 +41,7 @@ from ..data.pftsleep_recipes import windows_of
 from ..data.readers import WEARABLES, read_signals
 from ..data.recording import Recording
 from ..data.signals import Recipe, apply_recipe, content_hash
-from ..data.standardise import Standardiser, caveats, load_standardiser, standardise, subject_zscore
+from ..data.standardise import Standardiser, caveats, load_standardiser, standardise, standardiser_from, subject_zscore
 from ..data.store import open_store
 from ..data.studies import find_cohort
 from ..data.weeks import Week, WeekRule, cut_weeks, to_minutes
@@ -152,12 +151,6 @@ def is_weekly(
     "Whether it reads minutes of activity."
     return tuple(encoder.config.channels) == ("Activity",) and abs(encoder.config.rate * 60 - 1) < 1e-9
 
-def _unpacked(told: Mapping[str, Any]) -> Standardiser:
-    "The inverse of `pftsleep.training.finetune.plain_scaler`, without the training framework."
-    facts = {k: v for k, v in told.items() if k != "kind"}
-    try: return Standardiser(**facts | {k: np.frombuffer(base64.b64decode(facts[k], validate=True), "<f8") for k in ("mean", "sd")} | dict(people=frozenset(facts["people"])))
-    except (TypeError, ValueError, KeyError) as e: raise ModelError(f"the numbers that weeks are standardised by are damaged: {e}", remedy="copy the model again") from e
-
 def standardisers(
     asked: str | None, # a file of `save_standardiser`, 'subject', or None = those of the model
     encoder: Encoder,
@@ -166,8 +159,8 @@ def standardisers(
     if asked == "subject": return {}
     if asked is not None: return {"": load_standardiser(asked)}
     told = (encoder.recipe or {}).get("scaler")
-    if told and told.get("kind") == "standardisers": return {cohort: _unpacked(one) for cohort, one in told["cohorts"].items()}
-    if told: return {"": _unpacked(told)}
+    if told and told.get("kind") == "standardisers": return {cohort: standardiser_from(one) for cohort, one in told["cohorts"].items()}
+    if told: return {"": standardiser_from(told)}
     if encoder.config.instance_norm: return None
     raise ConfigError("nothing says how weeks are standardised for this model", remedy="give --standardise FILE with the numbers of a cohort (`column_zscore` and `save_standardiser` make it), or --standardise subject: each week by itself, which no published model has seen")
 

@@ -451,6 +451,7 @@ def _paired_files(a: Path, b: Path) -> tuple[dict[str, tuple[Path, Path]], list[
 def _events_of_both(a: Path, b: Path) -> tuple[pd.DataFrame, pd.DataFrame, bool]: # events on one clock, and whether the files said so
     first, second = read_annotations(a), read_annotations(b)
     shift = _ahead(first, second)
+    if abs(shift or 0.) > 86400: raise AlignmentError(f"it begins {abs(shift or 0.) / 86400:,.0f} days {'after' if (shift or 0.) > 0 else 'before'} {a.name}, so no event of one can meet an event of the other; dates that were shifted to hide who it was do that", b, remedy="if they are of the same night, give both the same date, or none: then the time of day decides")
     return first.events, second.events.assign(onset=second.events["onset"].astype(float) + (shift or 0.)), shift is not None
 
 def _ahead(first: Scoring, second: Scoring) -> float | None: # s from one's second 0 to the other's; None where one of them doesn't say when that was
@@ -474,16 +475,24 @@ def read_predictions(
     return {name: t.loc[common] for name, t in tables.items()}
 
 # %% ../../nbs/apps/12_evaluating.ipynb #799c9ab8
+_KEYS = ("id", "subject", "SEQN") # columns that say whose a row is, as in `read_labels`; NHANES calls a subject SEQN
+
+def _keyed_table(path: Path) -> pd.DataFrame:
+    "A table whose id and subject, as far as they are there, are text: as a number, 0001 would be 1 and nobody's, and SAS may write 31128 as 31128.0."
+    try: t = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path, dtype=dict.fromkeys(_KEYS, str))
+    except (OSError, ValueError) as e: raise ReadError(f"can't be read as a table: {getattr(e, 'strerror', None) or str(e)[:200]}", path=path, remedy="give a CSV or parquet file, or the folder of a run") from e
+    t = t.reset_index() if t.index.name in _KEYS else t
+    if not {"id", "subject"} & set(t.columns): t = t.rename(columns=dict(SEQN="subject"))
+    return t.assign(**{k: t[k].astype(str).str.replace(r"(?<=\d)\.0$", "", regex=True) for k in ("id", "subject") if k in t})
+
 def _prediction_table(path: Path, needs: Sequence[str]) -> pd.DataFrame:
     path = path / "predictions.csv" if path.is_dir() else path
-    try: t = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path, dtype={"id": str, "subject": str})
-    except (OSError, ValueError) as e: raise ReadError(f"can't be read as a table: {getattr(e, 'strerror', None) or str(e)[:200]}", path=path, remedy="give a CSV or parquet file, or the folder of a run") from e
-    t = t.reset_index() if t.index.name == "id" else t
+    t = _keyed_table(path)
     if lost := [c for c in needs if c not in t]: raise ConfigError(f"it has no column {', '.join(lost)}", path=path, remedy=f"its columns are {', '.join(map(str, t.columns))[:200]}")
     if not {"id", "subject"} & set(t.columns): raise ConfigError("none of its columns says whose rows they are", path=path, remedy="call one id or subject")
     if "part" in t: t = t[t["part"] == "test"]
     key = "id" if "id" in t else "subject"
-    t = t.assign(**{"subject": t["subject"].astype(str) if "subject" in t else t["id"].astype(str), key: t[key].astype(str)}).set_index(t[key].astype(str).rename("row"))
+    t = t.assign(subject=t["subject"] if "subject" in t else t["id"]).set_index(t[key].rename("row"))
     if t.index.has_duplicates or not len(t): raise ConfigError(f"{t.index[t.index.duplicated()][0]} stands in it twice" if len(t) else "it has no rows to judge", path=path, remedy="one row for each id; with a column part, those called test are judged")
     return t
 
@@ -657,13 +666,12 @@ def evaluate_survival(
 
 # %% ../../nbs/apps/12_evaluating.ipynb #e7e66e36
 def _risks(path: Path) -> pd.DataFrame: # indexed by row and label: subject, time, event, score
-    try: t = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path, dtype={"id": str, "subject": str})
-    except (OSError, ValueError) as e: raise ReadError(f"can't be read as a table: {getattr(e, 'strerror', None) or str(e)[:200]}", path=path, remedy="give a CSV or parquet file") from e
+    t = _keyed_table(path)
     if lost := [c for c in ("time", "event", "score") if c not in t] + ([] if {"id", "subject"} & set(t.columns) else ["id"]): raise ConfigError(f"it has no column {', '.join(lost)}", path=path, remedy=f"its columns are {', '.join(map(str, t.columns))[:200]}")
-    key = (t["id"] if "id" in t else t["subject"]).astype(str)
+    key = t["id"] if "id" in t else t["subject"]
     numbers = {c: pd.to_numeric(t[c], errors="coerce") for c in ("time", "event", "score")}
     if (bad := pd.concat(list(numbers.values()), axis=1).isna().any(axis=1)).any(): raise ConfigError(f"{key[bad].iloc[0]} has no time, event or score", path=path, remedy="numbers in every row; leave out who was not followed")
     if not numbers["event"].isin((0, 1)).all(): raise ConfigError("events that aren't 0 or 1", path=path, remedy="1 = it happened at `time`; 0 = not until then")
-    told = pd.DataFrame(dict(row=key, label=t["label"].astype(str) if "label" in t else "event", subject=t.get("subject", key).astype(str), **numbers)).set_index(["row", "label"])
+    told = pd.DataFrame(dict(row=key, label=t["label"].astype(str) if "label" in t else "event", subject=t.get("subject", key), **numbers)).set_index(["row", "label"])
     if told.index.has_duplicates: raise ConfigError(f"{told.index[told.index.duplicated()][0][0]} stands in it twice", path=path, remedy="one row for each id and disease")
     return told.sort_index()

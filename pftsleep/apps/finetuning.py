@@ -27,6 +27,7 @@ from ..errors import ConfigError, PFTSleepError, ReadError, SplitError, StoreErr
 from ..evaluation.discrimination import auc, discrimination, operating_point, youden
 from ..evaluation.rhythm import rest_activity
 from ..files import write_whole
+from ..models.baselines import CLOCK_BOUND
 from ..models.pat import pat_config
 from ..models.transformer import Encoder, PatchTransformer
 from ..training import finetune as tuning
@@ -152,13 +153,17 @@ def learners_of(
     weeks: Sequence[Week], # raw, of everybody
     config: FinetuneConfig, # settings of the networks
 ) -> dict[str, Learner]:
-    "Baselines by name. Raises `ConfigError` for an unknown one."
+    "Baselines by name. Raises `ConfigError` for an unknown one, and where weeks don't begin at midnight, but a baseline takes minutes for times of day."
+    for n in check_baselines(names): _from_midnight(n, weeks)
     others = dict(wavelet=tuning.wavelets, boosting=lambda: _boosting(weeks))
-    return {n: others[n]() if n in others else tuning.from_scratch(n, config) for n in check_baselines(names)}
+    return {n: others[n]() if n in others else tuning.from_scratch(n, config) for n in names}
+
+def _from_midnight(name: str, weeks: Sequence[Week]) -> None:
+    "An LSTM and a convolution over all minutes know no hour; the others tie a place in the week to a time of day."
+    if name in (*CLOCK_BOUND, "wavelet", "boosting") and (late := next((w for w in weeks if not w.at_midnight), None)): raise ConfigError(f"the baseline '{name}' knows the hours of weeks from midnight on, and {late.id} begins at {late.start:%H:%M}", remedy="take the rule 'midnight', or leave this baseline out")
 
 def _boosting(weeks: Sequence[Week]) -> Learner:
-    "Gradient boosting on rest and activity, hours and quantiles of the raw week. Raises `ConfigError` for weeks that don't begin at midnight: minute 0 is hour 0 to it."
-    if late := [w for w in weeks if not w.at_midnight]: raise ConfigError(f"the baseline 'boosting' knows the hours of weeks from midnight on, and {late[0].id} begins at {late[0].start:%H:%M}", remedy="take the rule 'midnight', or leave this baseline out")
+    "Gradient boosting on rest and activity, hours and quantiles of the raw week, which begins at midnight."
     describe = lambda row: rest_activity(row, 60., weeks[0].start)
     table = tuning.week_features(np.stack([w.values for w in weeks]), np.stack([w.pad for w in weeks]), describe).set_axis([w.id for w in weeks])
     return tuning.estimator(tuning.boosting, lambda e: table.loc[list(e.ids)], "boosting")

@@ -178,7 +178,6 @@ class _Postgres(_Database):
         return cursor.fetchall() if cursor.description else []
 
 # %% ../../nbs/apps/24_jobs.ipynb #1113fd30
-_LOST = dict(code="worker_lost", problem="the workers that tried this were lost, each time", remedy="the recording may need more memory than a worker has: ask who runs this service")
 _Jobs = list[Job]
 
 class _QueueBase:

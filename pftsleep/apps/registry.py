@@ -325,7 +325,7 @@ def _resting(model: nn.Module) -> nn.Module: return model.eval().requires_grad_(
 def _scaler_hash(scaler: Standardiser | dict[str, Standardiser] | None) -> str | None:
     "Of the numbers and where they come from, whatever file they were in."
     if scaler is None: return None
-    plain = lambda s: {k: v.tolist() if k in ("mean", "sd") else v for k, v in vars(s).items() if k != "people"}
+    plain = lambda s: {k: v.tolist() if k in ("mean", "sd") else v for k, v in vars(s).items() if k != "people" and v is not None}
     return content_hash({cohort: plain(s) for cohort, s in ({"": scaler} if isinstance(scaler, Standardiser) else scaler).items()})
 
 def _recipe_hash(kind: str, model: Any) -> str:

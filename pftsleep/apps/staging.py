@@ -137,7 +137,7 @@ def find_lights(
         if off is None and on is None: continue
         if off is not None and on is not None and on <= off: issues.append(ReadIssue("skipped", f"{name}: the lights go on before they go off")); continue
         said = " and ".join(f"{what} at {t:g} s" for what, t in (("off", off), ("on", on)) if t is not None)
-        return Lights(off, on, name, (*issues, ReadIssue("noted", f"lights {said}, as {name} says: sleep statistics follow it")))
+        return Lights(off, on, name, (*issues, ReadIssue("noted", f"lights {said}, as {name} says")))
     return Lights(issues=tuple(issues))
 
 def lit(
@@ -149,7 +149,7 @@ def lit(
     if not isinstance(lights, Lights): return h
     with_them = replace(h, lights_off=lights.off, lights_on=lights.on)
     try: sleep_statistics(with_them)
-    except ConfigError: return h # one of the two is known, and all that the model could stage lies on the other side of it
+    except ConfigError: return h # one of the two is known, and all that the model could stage lies on the other side of it; `staging_warnings` says so
     return with_them
 
 # %% ../../nbs/apps/00_staging.ipynb #ff84d2ef
@@ -211,12 +211,14 @@ def staging_warnings(
     h: Hypnogram, # its stages
     wanted: Sequence[str], # names of the model's channels
 ) -> list[str]: # sentences; none where nothing is wrong
-    "What makes stages doubtful: missing channels, gaps, short recordings, low confidence, and what the reader had to repair."
+    "What makes stages doubtful: missing channels, gaps, short recordings, lights that `lit` couldn't use, low confidence, and what the reader had to repair."
+    lights = rec.provenance.get("lights")
     missing, unscored, repaired = [n for n in wanted if n not in rec.channels], (h.stages < 0).sum(), [i for i in rec.issues if i.action != "noted"]
     sure = np.nanmean(c) if np.isfinite(c := confidence(h)).any() else np.nan
     said = {f"Missing: {', '.join(missing)}. The model staged without.": missing,
         f"{unscored} of {len(h)} epochs ({unscored / max(len(h), 1):.0%}) have no signal and are unscored.": unscored,
         f"The recording lasts {_hours(rec.duration)}, less than {SHORT_HOURS:g} h: its sleep statistics are not those of a night.": rec.duration < 3600 * SHORT_HOURS,
+        f"The sleep statistics don't follow what {getattr(lights, 'source', '')} says about the lights: nothing could be staged between them.": getattr(lights, "source", "") and h.lights_off is None and h.lights_on is None,
         f"The mean confidence is {sure:.2f}, less than {LOW_CONFIDENCE:g}: the model is unsure, and a person should look at the signals.": sure < LOW_CONFIDENCE,
         f"Repaired or left out while reading: {len(repaired)}; listed under Recording.": repaired}
     return [text for text, holds in said.items() if holds]

@@ -26,6 +26,7 @@ from .demo import DemoConfig, run_demo
 from ..data.splits import Split, make_split
 from ..data.store import Store, open_store
 from ..errors import ConfigError
+from ..files import write_whole
 from ..models.transformer import PatchTransformer, n_parameters
 from ..training import pretrain as pretraining
 from ..training.pretrain import MaskedPretraining, PretrainConfig, new_encoder
@@ -275,7 +276,7 @@ def write_study(
 ) -> None:
     "Writes trials.csv, best_transformer.yaml and, where there are probes, best_classifier.yaml into the study's folder."
     optuna = _optuna()
-    study_table(study).to_csv(trials.out / "trials.csv", index=False)
+    write_whole(trials.out / "trials.csv", study_table(study).to_csv(index=False).encode())
     if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)): return
     train, probe = propose(optuna.trial.FixedTrial(study.best_params), trials.space, trials.train, trials.probe)
     best, plain = trials.out / "best", lambda c: json.loads(json.dumps(asdict(c)))
@@ -284,7 +285,7 @@ def write_study(
     for name, facts in files.items():
         if name == "classifier" and trials.search.objective == "pretraining_loss": continue
         text = f"# Trial {study.best_trial.number} of {trials.search.name}: {trials.search.objective} {study.best_value:.4f} on the validation part, which has chosen it: judge it on other people.\n" + yaml.safe_dump(shared | facts, sort_keys=False)
-        (trials.out / f"best_{name}.yaml").write_text(text)
+        write_whole(trials.out / f"best_{name}.yaml", text.encode())
 
 def study(
     store: str, # folder of a store; with stages unless the objective is pretraining_loss

@@ -592,7 +592,7 @@ def _evaluation(served: Any) -> dict:
     return dict(figures=_plain(told), note=note)
 
 # %% ../../nbs/apps/26_week_requests.ipynb #7792c719
-def _looks(seen: Tensor, tokens: Tokens, weeks: list[Week]) -> list[dict]:
+def _looks(seen: Tensor, weeks: list[Week]) -> list[dict]:
     "Attention profiles in plain data."
     pads = np.stack([w.pad for w in weeks])
     n = seen.shape[-1]
@@ -612,7 +612,7 @@ def _run(mode: str, model: nn.Module, x: np.ndarray, pad: np.ndarray | None, wee
         if mode == "predict": return _predictions(model, pooled)
     out = [dict(embedding=e) for e in seven_digits(pooled.numpy())]
     for row, values in zip(out, tokens.values[:, 0].numpy() if vectors else (), strict=False): row["tokens"] = seven_digits(values)
-    return out if seen is None else [a | b for a, b in zip(out, _looks(seen, tokens, weeks), strict=True)]
+    return out if seen is None else [a | b for a, b in zip(out, _looks(seen, weeks), strict=True)]
 
 # %% ../../nbs/apps/26_week_requests.ipynb #d1bb6eae
 _AT_ONCE = 16 # weeks in a forward

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
@@ -237,11 +237,15 @@ J = TypeVar("J", bound=_Work)
 
 def _submitted(run: Callable[[J], Outcome], jobs: Sequence[J], executor: Executor) -> Iterator[Outcome]:
     "Outcomes as they come; 'failed' where the worker is gone."
-    futures: dict[Future, J] = {executor.submit(run, j): j for j in jobs}
+    futures: dict[Future, J] = {}
+    gone = lambda j, e: Outcome(j.id, "failed", 0., type(e).__name__, f"{j.place}: a worker process died ({e}) -> it may be memory: give this night more of it, or use fewer workers")
     try:
+        for j in jobs:
+            try: futures[executor.submit(run, j)] = j
+            except BrokenExecutor as e: yield gone(j, e) # the pool broke while jobs were being handed out
         for f in as_completed(futures):
             try: outcome = f.result()
-            except Exception as e: outcome = Outcome(futures[f].id, "failed", 0., type(e).__name__, f"{futures[f].place}: a worker process died ({e}) -> it may be memory: give this night more of it, or use fewer workers")
+            except Exception as e: outcome = gone(futures[f], e)
             yield outcome
     finally: # Ctrl-C: begin nothing more, else whoever made the executor waits for the whole cohort
         for f in futures: f.cancel()

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Standardiser', 'fingerprint_person', 'column_zscore', 'global_zscore', 'subject_zscore', 'standardise', 'caveats',
-           'check_no_leak', 'save_standardiser', 'load_standardiser']
+           'check_no_leak', 'save_standardiser', 'load_standardiser', 'plain_standardiser', 'standardiser_from']
 
 # %% ../../nbs/data/37_standardise.ipynb #ae5043c5
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from .splits import Split
 from .weeks import Week, stack_weeks
-from ..errors import ConfigError, PFTSleepError, ReadError, SplitError
+from ..errors import ConfigError, ModelError, PFTSleepError, ReadError, SplitError
 from ..files import write_whole
 
 # %% ../../nbs/data/37_standardise.ipynb #98838a58
@@ -70,6 +71,7 @@ class Standardiser:
     part: str # of the split
     at_midnight: bool # whether minute 0 is midnight
     people: frozenset[str] # fingerprints of those that it was fitted on
+    begins: int | None = None # minute of the clock that is minute 0, where that isn't midnight; None = midnight, or an earlier version didn't keep it
 
     @property
     def off_distribution(self) -> bool: return self.strategy == "subject" # whether no published weight was trained on such weeks
@@ -89,24 +91,30 @@ def _batches(weeks: Iterable[Week], size: int = 256) -> Iterator[list[Week]]:
     it = iter(weeks)
     while batch := list(islice(it, size)): yield batch
 
-def _fit(weeks: Iterable[Week], split: Split | None, part: str) -> tuple[_Moments, dict]:
+def _begins(w: Week) -> int | None: return None if w.at_midnight else w.start.hour * 60 + w.start.minute # as `Standardiser.begins`
+
+def _kind(w: Week, hours: bool) -> str:
+    "What weeks must have in common to be fitted together; with `hours`, also the time of day of minute 0."
+    return f"{w.cohort or 'no cohort'} in {w.unit}, {len(w)} minutes from {'midnight' if w.at_midnight else f'{w.start:%H:%M}' if hours else 'another hour'}"
+
+def _fit(weeks: Iterable[Week], split: Split | None, part: str, hours: bool) -> tuple[_Moments, dict]:
     "One pass. Whoever doesn't belong to the part is an error, not left out: otherwise nobody would notice that the wrong weeks were given."
     allowed, n = _allowed(split, part), 0
     moments: _Moments | None = None
     people: set[str] = set()
-    kinds: set[tuple[str, str, bool, int]] = set()
+    kinds: dict[str, Week] = {}
     for batch in _batches(weeks):
         if allowed is not None and (wrong := [w for w in batch if (w.group or w.subject) not in allowed]): raise SplitError(f"{wrong[0].id} isn't of the part '{part}'", remedy="fit on the training people only; `standardise` brings the others on the same scale")
-        kinds |= {(w.cohort or "", w.unit, w.at_midnight, len(w)) for w in batch}
-        if len(kinds) > 1: raise ConfigError(f"weeks of several kinds: {', '.join(map(str, sorted(kinds)))}", remedy="fit each cohort by itself: devices differ")
+        kinds |= {_kind(w, hours): w for w in batch}
+        if len(kinds) > 1: raise ConfigError(f"weeks of several kinds: {'; '.join(sorted(kinds))}", remedy="fit each cohort by itself, since devices differ, and cut all of its weeks from the same hour on")
         people |= {fingerprint_person(w.subject, w.cohort) for w in batch}
         values, pad = stack_weeks(batch)
         moments = moments or _Moments(*np.zeros((3, values.shape[1])))
         moments.add(values, pad)
         n += len(batch)
     if moments is None: raise ConfigError("no week to fit on", remedy="check the part of the split and the rule that cut the weeks")
-    (cohort, unit, at_midnight, _), = kinds
-    return moments, dict(unit=unit, cohort=cohort, n=n, split=split.hash if split else "", part=part if split else "", at_midnight=at_midnight, people=frozenset(people))
+    w, = kinds.values()
+    return moments, dict(unit=w.unit, cohort=w.cohort or "", n=n, split=split.hash if split else "", part=part if split else "", at_midnight=w.at_midnight, people=frozenset(people), begins=_begins(w) if hours else None)
 
 def _allowed(split: Split | None, part: str) -> set[str] | None:
     if split is None: return None
@@ -120,7 +128,7 @@ def column_zscore(
     part: str = "train", # of the split
 ) -> Standardiser:
     "One mean and deviation for each minute of the week, as PAT's weights expect. Raises `SplitError` where a week is of somebody else, `ConfigError` where weeks of several cohorts, units or hours are mixed."
-    moments, facts = _fit(weeks, split, part)
+    moments, facts = _fit(weeks, split, part, True)
     return Standardiser("column", moments.mean, moments.sd(), **facts)
 
 def global_zscore(
@@ -128,8 +136,8 @@ def global_zscore(
     split: Split | None = None, # who may be learned from
     part: str = "train", # of the split
 ) -> Standardiser:
-    "One mean and deviation of all minutes of a cohort. Raises what `column_zscore` raises."
-    moments, facts = _fit(weeks, split, part)
+    "One mean and deviation of all minutes of a cohort. The hour at which a week begins doesn't matter to it, but midnight isn't mixed with others. Raises what `column_zscore` raises."
+    moments, facts = _fit(weeks, split, part, False)
     pooled = moments.pooled()
     return Standardiser("global", pooled.mean, pooled.sd(), **facts)
 
@@ -147,10 +155,16 @@ def standardise(
     "Weeks as model input. Raises `ConfigError` where units, lengths or hours don't fit the numbers."
     for w in weeks:
         if w.unit != by.unit: raise ConfigError(f"is in {w.unit}, the numbers are for {by.unit}", w.id, remedy="take the numbers of a cohort with this device")
-        if by.strategy == "column" and (len(w), w.at_midnight) != (len(by.mean), by.at_midnight): raise ConfigError(f"{len(w)} minutes from {w.start:%H:%M} on don't fit the columns", w.id, remedy="cut weeks by the rule that the numbers were fitted with")
+        if by.strategy == "column" and not _fits(w, by): raise ConfigError(f"{len(w)} minutes from {w.start:%H:%M} on don't fit the columns, {len(by.mean)} minutes from {_since(by)} on", w.id, remedy="cut weeks by the rule that the numbers were fitted with")
     values, pad = stack_weeks(weeks)
     mean, sd = _own(values, pad) if by.strategy == "subject" else (by.mean, by.sd)
     return np.where(pad, 0, (values - mean) / sd).astype("float32"), pad
+
+def _fits(w: Week, by: Standardiser) -> bool:
+    "Whether a column means the same minute of the day in both."
+    return (len(w), w.at_midnight) == (len(by.mean), by.at_midnight) and by.begins in (None, _begins(w))
+
+def _since(by: Standardiser) -> str: return "midnight" if by.at_midnight else "an unknown hour" if by.begins is None else f"{by.begins // 60:02}:{by.begins % 60:02}"
 
 def _own(values: np.ndarray, pad: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # [n, 1] each
     moments = _Moments(*np.zeros((3, len(values))))
@@ -164,6 +178,7 @@ def caveats(
     "What a reader has to know about weeks standardised in this way."
     told = ["each week was standardised by itself: no published model was trained on such weeks"] if by.off_distribution else []
     if not by.off_distribution and not by.split: told.append("the numbers were fitted without a split: who was tested may have been among them")
+    if by.strategy == "column" and _since(by) == "an unknown hour": told.append("the numbers are those of minutes of the day, and nobody kept at which hour their weeks began: it was taken to be the same")
     if not by.off_distribution and (others := sorted({w.cohort or "no cohort" for w in weeks} - {by.cohort})): told.append(f"weeks of {', '.join(others)} were standardised by {by.cohort or 'no cohort'}")
     return told
 
@@ -179,12 +194,14 @@ def check_no_leak(
 _MAX_BYTES = 64 * 2**20
 _FACTS = ("strategy", "unit", "cohort", "n", "split", "part", "at_midnight")
 
+def _late(by: Standardiser) -> dict[str, int]: return {} if by.begins is None else {"begins": by.begins} # at midnight nothing is added, so that what is hashed stays as it was
+
 def save_standardiser(
     by: Standardiser,
     path: str | Path, # the file, .npz
 ) -> None:
     "Numbers and provenance in one file. Raises `OSError` where the disk refuses."
-    facts = {k: getattr(by, k) for k in _FACTS} | {"format": "pftsleep-standardiser/1", "people": sorted(by.people)}
+    facts = {k: getattr(by, k) for k in _FACTS} | _late(by) | {"format": "pftsleep-standardiser/1", "people": sorted(by.people)}
     data = BytesIO()
     np.savez_compressed(data, mean=by.mean, sd=by.sd, facts=np.frombuffer(json.dumps(facts).encode(), "uint8"))
     write_whole(Path(path), data.getvalue())
@@ -199,12 +216,34 @@ def load_standardiser(
             if sum(i.file_size for i in z.infolist()) > _MAX_BYTES: raise ReadError("is too large", path, remedy="take a file of `save_standardiser`")
         with np.load(path, allow_pickle=False) as f: mean, sd, facts = f["mean"], f["sd"], json.loads(f["facts"].tobytes())
         if facts.get("format") != "pftsleep-standardiser/1": raise ReadError("is no standardiser of this version", path, remedy="take a file of `save_standardiser`")
-        by = Standardiser(mean=mean.astype("float64"), sd=sd.astype("float64"), people=frozenset(map(str, facts["people"])), **{k: facts[k] for k in _FACTS})
+        by = Standardiser(mean=mean.astype("float64"), sd=sd.astype("float64"), people=frozenset(map(str, facts["people"])), begins=facts.get("begins"), **{k: facts[k] for k in _FACTS})
     except PFTSleepError: raise
     except Exception as e: raise ReadError(f"can't be read as a standardiser: {e}", path, remedy="take a file of `save_standardiser`") from e # numpy parses headers as Python, and raises what Python raises
-    return _sound(by, path)
+    if not _sound(by): raise ReadError("its numbers make no sense", path, remedy="fit them again")
+    return by
 
-def _sound(by: Standardiser, path: Path) -> Standardiser:
+def _sound(by: Standardiser) -> bool:
     fits = {"column": by.mean.size > 1, "global": by.mean.size == 1, "subject": by.mean.size == 0}.get(by.strategy, False)
-    if not fits or by.mean.ndim != 1 or by.mean.shape != by.sd.shape or not np.isfinite(by.mean).all() or not (np.isfinite(by.sd) & (by.sd > 0)).all(): raise ReadError("its numbers make no sense", path, remedy="fit them again")
+    hour = by.begins is None or (type(by.begins) is int and 0 <= by.begins < 1440 and not by.at_midnight)
+    return fits and hour and by.mean.ndim == 1 and by.mean.shape == by.sd.shape and bool(np.isfinite(by.mean).all() and (np.isfinite(by.sd) & (by.sd > 0)).all())
+
+# %% ../../nbs/data/37_standardise.ipynb #0593958f
+_ARRAYS = ("mean", "sd")
+
+def plain_standardiser(
+    by: Standardiser,
+) -> dict: # plain data; arrays as base64 of float64
+    "A `Standardiser` as a model keeps it."
+    arrays = {k: b64encode(np.asarray(getattr(by, k), "<f8").tobytes()).decode() for k in _ARRAYS}
+    return dict(kind="standardiser") | {f.name: arrays.get(f.name, getattr(by, f.name)) for f in fields(by) if f.name != "begins"} | dict(people=sorted(by.people)) | _late(by)
+
+def standardiser_from(
+    told: Mapping, # of `plain_standardiser`
+) -> Standardiser:
+    "The inverse of `plain_standardiser`. Raises `ModelError` where it is something else, or damaged."
+    facts, damaged = {k: v for k, v in told.items() if k != "kind"}, "the numbers that weeks are standardised by are damaged"
+    if told.get("kind") != "standardiser": raise ModelError("nothing says how its weeks were standardised", remedy="train it with scaler=plain_standardiser(standardiser)")
+    try: by = Standardiser(**facts | {k: np.frombuffer(b64decode(facts[k], validate=True), "<f8") for k in _ARRAYS} | dict(people=frozenset(facts["people"])))
+    except (TypeError, ValueError, KeyError) as e: raise ModelError(f"{damaged}: {e}", remedy="copy the model again") from e
+    if not _sound(by): raise ModelError(f"{damaged}: they make no sense", remedy="copy the model again")
     return by

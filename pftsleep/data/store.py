@@ -41,6 +41,7 @@ from .. import __version__
 from .edf import edf_name
 from .recording import EVENT_COLUMNS, Channel, Hypnogram, Kind, ReadIssue, Recording, Stage
 from ..errors import PFTSleepError, StoreError
+from ..files import write_whole
 
 # %% ../../nbs/data/06_store.ipynb #5f9528d7
 MISSING = -32768 # the code of a sample that the source doesn't have
@@ -121,12 +122,8 @@ def locate(
 # %% ../../nbs/data/06_store.ipynb #0adf482a
 def _replace_file(path: Path | Url, data: bytes) -> None:
     "Write a small file in one step."
-    if isinstance(path, Url): return path.write_bytes(data)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally: temporary.unlink(missing_ok=True)
+    if isinstance(path, Url): path.write_bytes(data)
+    else: write_whole(path, data)
 
 def _files(folder: Path) -> dict[str, Path]:
     "All files of a recording but its own zarr.json, by their place in it."

@@ -75,7 +75,7 @@ def bland_altman(
     if a.ndim != 1 or not a.shape == b.shape == who.shape: raise ConfigError(f"{a.shape} reference values, {b.shape} others, {who.shape} subjects", remedy="one of each for every night")
     there = np.isfinite(a) & np.isfinite(b)
     owner, names = pd.factorize(who[there])
-    difference, mean, value = (b - a)[there], ((a + b) / 2)[there], None
+    difference, mean = (b - a)[there], ((a + b) / 2)[there]
     rng, drawn = np.random.default_rng(seed), []
     value = _limits(difference, mean, np.ones(len(owner)))
     for _ in range(n_resamples if len(names) > 2 else 0):

@@ -7,7 +7,6 @@ __all__ = ['RESEARCH_USE', 'Report', 'confidence', 'night_figure', 'night_report
 
 # %% ../../nbs/evaluation/03_report.ipynb #e63ff5c1
 import base64
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import pftsleep
 from ..data.alignment import AlignmentReport
 from ..data.recording import Hypnogram, Recording
 from ..errors import ConfigError, StoreError
+from ..files import write_whole
 from .plots import figure_png, plot_hypnodensity, plot_hypnogram, plot_spectrogram
 from .sleep_stats import STATISTICS, sleep_statistics, statistics_table
 
@@ -140,13 +140,8 @@ class Report:
     def save(self, path: str | Path) -> Path:
         "Writes the page whole or not at all. Raises `StoreError`."
         path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            part.write_text(self.html(), encoding="utf-8")
-            part.replace(path)
-        except OSError as e:
-            part.unlink(missing_ok=True)
-            raise StoreError(f"the report can't be written: {e.strerror or e}", path=path, remedy="check the folder and the space on the disk") from e
+        try: write_whole(path, self.html().encode())
+        except OSError as e: raise StoreError(f"the report can't be written: {e.strerror or e}", path=path, remedy="check the folder and the space on the disk") from e
         return path
     def _add(self, html: str) -> "Report":
         self.parts.append(html)

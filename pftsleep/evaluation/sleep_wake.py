@@ -184,12 +184,13 @@ def sleep_periods(
 
 def period_statistics(
     scores: np.ndarray, # [E] values of `SleepWake`, per minute, of one period
-    counts: np.ndarray, # [E] counts per minute
+    counts: np.ndarray, # [E] counts per minute, NaN where nothing was measured
 ) -> dict[str, float]: # efficiency (%), minutes, asleep, awake, awakenings, mean_awakening (min), movement_index, fragmentation_index, sleep_fragmentation_index (%)
-    "What ActiLife reports of a period. Minutes without a score are in `minutes` only."
+    "What ActiLife reports of a period. Minutes without a score are in `minutes` only; `movement_index` is the share of *measured* minutes that have counts, NaN where none was measured."
     found = {state: [b - a for v, a, b in runs(_valid(scores)) if v == state] for state in (SleepWake.SLEEP, SleepWake.WAKE)}
     sleep, wake = found[SleepWake.SLEEP], found[SleepWake.WAKE]
-    moving = float(100 * np.mean(np.asarray(counts) > 0))
+    known = (x := np.asarray(counts, float))[~np.isnan(x)]
+    moving = float(100 * (known > 0).mean()) if len(known) else math.nan
     broken = 100 * sum(n == 1 for n in sleep) / len(sleep) if sleep else math.nan
     return {"efficiency": 100 * sum(sleep) / len(scores), "minutes": len(scores), "asleep": sum(sleep), "awake": sum(wake), "awakenings": len(wake),
         "mean_awakening": sum(wake) / len(wake) if wake else 0., "movement_index": moving, "fragmentation_index": broken, "sleep_fragmentation_index": moving + broken}

@@ -339,13 +339,14 @@ def _extra(name: str) -> Any:
 def _silent() -> Iterator[None]:
     "The exporter talks about packages that it misses and interfaces that will change: nothing that a reader could mend."
     log = logging.getLogger("torch.onnx")
-    was, log.disabled = log.level, False
+    was, log.disabled = (log.level, log.disabled), False
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    finally: log.setLevel(was)
+    finally:
+        log.setLevel(was[0]); log.disabled = was[1]
 
 def _program(graph: Graph) -> Any: # the exporter's program
     inputs, batch = graph.example(2, torch.Generator().manual_seed(0)), torch.export.Dim("batch")
@@ -396,8 +397,14 @@ def differences(
         inputs = graph.example(n, torch.Generator().manual_seed(seed + n))
         with torch.inference_mode(): wanted = graph.asked(*inputs)
         got = onnx(*(v.numpy() for v in inputs))
-        for name, w in zip(graph.outputs, wanted, strict=True): found[name] = max(found[name], float(np.abs(got[name].astype("f8") - w.numpy().astype("f8")).max(initial=0)))
+        for name, w in zip(graph.outputs, wanted, strict=True): found[name] = max(found[name], _apart(got[name].astype("f8"), w.numpy().astype("f8")))
     return found
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float: # infinite where only one of them is a number
+    "The largest difference. `max` alone would pass over NaN, and a file that answers NaN would count as exact."
+    with np.errstate(invalid="ignore"): d = np.abs(a - b)
+    d[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+    return float(np.nan_to_num(d, nan=np.inf, posinf=np.inf).max(initial=0))
 
 def _file_of(program: Any, about: Mapping[str, str]) -> bytes:
     for node in program.model.graph.all_nodes(): node.metadata_props.clear() # they hold paths of this machine

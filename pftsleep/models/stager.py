@@ -20,6 +20,7 @@ from ..data.pftsleep_recipes import windows_of
 from ..data.recording import Hypnogram, Recording, Stage
 from ..data.signals import Recipe
 from ..errors import ModelError, SignalError
+from ..files import write_whole
 from .head_parts import Head, load_head
 from .heads import LinearProbe
 from .transformer import Encoder, load_any
@@ -95,7 +96,7 @@ def save_stager(
     folder = Path(folder)
     stager.encoder.save_pretrained(folder / "encoder")
     stager.head.save_pretrained(folder / "head")
-    (folder / "stager.json").write_text(json.dumps(dict(format="pftsleep-stager/1", recipe=stager.recipe.to_dict(), provenance=stager.provenance), indent=1))
+    write_whole(folder / "stager.json", json.dumps(dict(format="pftsleep-stager/1", recipe=stager.recipe.to_dict(), provenance=stager.provenance), indent=1).encode())
     return folder
 
 def load_stager(

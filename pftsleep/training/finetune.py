@@ -11,13 +11,12 @@ __all__ = ['Mode', 'Learner', 'Examples', 'stratified_split', 'nested_subsets', 
            'label_curve', 'curve_summary']
 
 # %% ../../nbs/training/06_finetune.ipynb #18b15b0f
-import base64
 import copy
 import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from ..data.samplers import step_generator
 from ..data.signals import content_hash
 from ..data.splits import Split, split_keys
-from ..data.standardise import Standardiser
+from ..data.standardise import Standardiser, plain_standardiser, standardiser_from
 from ..errors import ConfigError, ModelError, SignalError, SplitError
 from ..evaluation.discrimination import auc, discrimination
 from ..files import write_whole
@@ -398,19 +397,15 @@ def load_task(
 # %% ../../nbs/training/06_finetune.ipynb #9943b73c
 def plain_scaler(
     by: Standardiser,
-) -> dict: # plain data; arrays as base64 of float64
+) -> dict: # of `plain_standardiser`
     "A `Standardiser` as `TaskModel` keeps it."
-    pack = lambda v: base64.b64encode(np.asarray(v, "<f8").tobytes()).decode()
-    return dict(kind="standardiser", **{f.name: pack(v) if f.name in ("mean", "sd") else sorted(v) if f.name == "people" else v for f in fields(by) for v in [getattr(by, f.name)]})
+    return plain_standardiser(by)
 
 def scaler_of(
     model: TaskModel,
 ) -> Standardiser:
-    "The `Standardiser` that a model's weeks must go through. Raises `ModelError` when it has none."
-    told = dict(model.scaler or {})
-    if told.pop("kind", None) != "standardiser": raise ModelError("nothing says how its weeks were standardised", remedy="train it with scaler=plain_scaler(standardiser)")
-    try: return Standardiser(**told | {k: np.frombuffer(base64.b64decode(told[k], validate=True), "<f8") for k in ("mean", "sd")} | dict(people=frozenset(told["people"])))
-    except (TypeError, ValueError, KeyError) as e: raise ModelError(f"its scaler is damaged: {e}", remedy="copy the folder again") from e
+    "The `Standardiser` that a model's weeks must go through. Raises `ModelError` when it has none, or a damaged one."
+    return standardiser_from(model.scaler or {})
 
 # %% ../../nbs/training/06_finetune.ipynb #31d97b64
 def class_weights(
