@@ -110,6 +110,7 @@ def growth(rows: list[Row]) -> Iterator[tuple[dict[str, object], str, list[tuple
             if isinstance(row.get(size), int | float): series.setdefault(json.dumps([row.get("benchmark"), case(row, (size, "parameters", "repeats", "rows", "mib", "edf_mb"))], sort_keys=True), []).append(row)
         for found in series.values():
             by_size = dict(sorted((float(row[size]), row) for row in found))
+            by_size.pop(0., None) # such as 0 workers, which is another way and no size
             if len(by_size) < 2: continue
             for key in found[0]:
                 if re.search(r"(^|_)(total_cpu_s|encoder_cpu_s|cpu_s|cpu_ms|median_s|cpu_rows_s|ms_each|cpu_s_each|epoch_s|peak_mib|held_mib|last_mib)$", key) and all(row.get(key) for row in found):
