@@ -66,10 +66,13 @@ def fast_jobs(logs: Path) -> list[Job]:
 LONG = {"docs_site": 130, "jobs": 90, "convert": 75, "journey": 75, "contrastive": 48, "embed": 38, "export": 32, "store": 32, "training": 32, "finetune_cli": 30, "cinc_pipeline": 25, "staging": 23, "fuzz": 22, "segments": 22, "sleepfm": 21, "registry": 21, "house": 19, "download": 19, "simulate": 19, "jobs_queue": 18, "week_requests": 18, "service_defects": 17, "service_page": 17, "events": 17, "pat": 16, "service_load": 15, "bouts": 14, "weights": 14} # s; the others take about 8
 
 
-def halves() -> list[list[str]]:
+SLOW = {"scale": 200, "cinc_chain": 150, "service_inputs": 150, "animal_scripts": 150, "export": 120, "fuzz": 100, "packaging": 90, "service_load": 90, "jobs": 70, "jobs_queue": 60, "service_faults": 60, "convert": 60, "cinc_pipeline": 50, "docs_site": 45, "aar": 40} # s of the tests that are marked slow
+
+
+def halves(known: dict[str, int] = LONG, otherwise: int = 8) -> list[list[str]]:
     "The files of tests in two parts that take about the same time, so that both cores have something to do."
     parts: list[list[Path]] = [[], []]
-    seconds = lambda path: LONG.get(path.stem.removeprefix("test_"), 8)
+    seconds = lambda path: known.get(path.stem.removeprefix("test_"), otherwise)
     for path in sorted((ROOT / "tests").glob("test_*.py"), key=lambda p: (-seconds(p), p)): min(parts, key=lambda part: sum(map(seconds, part))).append(path)
     return sorted(([p.relative_to(ROOT).as_posix() for p in sorted(part)] for part in parts), key=lambda part: "tests/test_docs_site.py" in part) # that one waits for the site
 
@@ -85,10 +88,10 @@ def coverage(logs: Path) -> str: # such as '95%'; '' where nothing was measured
 
 def marked_jobs(logs: Path, mark: str, others: list[str]) -> list[Job]:
     "Tests with a mark, and the notebooks that have cells with the flag of that name."
-    junit = logs / "pytest.xml"
     flagged = [nb for nb in notebooks() if re.search(rf'"#\s*\|\s*{mark}\b', nb.read_text())]
     selection = " and ".join([mark, *(f"not {other}" for other in others)])
-    return [Job(f"pytest -m {mark}", [PY, "-m", "pytest", "-m", selection, f"--junitxml={junit}", "--durations=15"], timeout=5400, junit=junit),
+    return [*(Job(f"pytest -m {mark} {i}", [PY, "-m", "pytest", *files, "-m", selection, f"--junitxml={junit}", "--durations=15"], step=f"pytest -m {mark}", timeout=5400, junit=junit)
+            for i, files in enumerate(halves(SLOW, 4), 1) for junit in [logs / f"pytest-{i}.xml"]),
         *notebook_jobs(flagged, flags=mark, timeout=1800)]
 
 
