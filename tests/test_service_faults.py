@@ -410,3 +410,17 @@ def test_the_description_of_the_service_is_whole(inside):
     named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(told)))
     assert {"WeekBody", "WeekValues", "WeekRows", "Problem"} <= named <= set(told["components"]["schemas"])
     assert queue_url(inside.service.settings).startswith("sqlite:///")
+
+
+def test_keys_from_a_program_and_a_scratch_folder_elsewhere(tmp_path):
+    "As with a key management service: a night goes the whole way, no key lies in the data folder, and nothing stays decrypted. A keyring that somebody names is never made."
+    models = registry_with(tmp_path)
+    Keyring.create(ring := tmp_path / "ring.json")
+    with Running(models, tmp_path / "data", "--keyring_command", f"{shutil.which('cat')},{ring}", "--scratch", tmp_path / "scratch") as s:
+        client = s.client("clinician")
+        job = client.post("/v1/nights", content=night_edf(120)).json()
+        assert finished(client, job["id"])["state"] == "done" and client.get(f"/v1/nights/{job['id']}").status_code == 200
+    assert not (tmp_path / "data" / "keyring.json").exists() and (tmp_path / "scratch" / "main").is_dir()
+    assert not any(p.is_file() for p in (tmp_path / "scratch").rglob("*")) and not (tmp_path / "data" / "scratch").exists()
+    with pytest.raises(ConfigError): Service(ServiceSettings(models, tmp_path / "other", keyring=tmp_path / "slip.json"))
+    assert not (tmp_path / "slip.json").exists()
